@@ -1,0 +1,146 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Bulk reads of the target's memory into NumPy arrays.
+
+Every read answers for each block whether it could be read at all: a block that is not in the dump
+is never confused with one that is all zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import FaultError, Program
+
+#: Bytes asked for in one read. Larger reads cost memory without being faster (see docs/bench.md).
+CHUNK_BYTES = 1 << 20
+
+#: What a filtered dump leaves out and what a page table maps: no architecture has smaller pages.
+SMALLEST_PAGE = 4096
+
+ByteArray = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
+AddressArray = npt.NDArray[np.uint64]
+
+
+class Chunk(NamedTuple):
+    """A run of consecutive bytes of the target, all of them readable or none of them."""
+
+    address: int
+    size: int
+    #: ``None`` if no byte of the run can be read.
+    data: bytes | None
+
+
+def read_range(
+    prog: Program,
+    address: int,
+    size: int,
+    *,
+    physical: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[Chunk]:
+    """
+    Read a range in large chunks, in order, without losing what lies beside a hole.
+
+    Chunks end at multiples of *chunk_bytes*, so that only the first and the last are short. A chunk
+    that faults is split until the pages that cannot be read stand alone.
+
+    :param size: Length in bytes.
+    :raises Exception: whatever drgn raises apart from FaultError (a target that vanished)
+    """
+    end = address + size
+    while address < end:
+        stop = min(end, (address // chunk_bytes + 1) * chunk_bytes)
+        yield from _read_splitting(prog, address, stop, physical)
+        address = stop
+
+
+def _read_splitting(prog: Program, start: int, end: int, physical: bool) -> Iterator[Chunk]:
+    try:
+        data = prog.read(start, end - start, physical)
+    except FaultError:
+        middle = _split_point(start, end)
+        if middle is None:
+            yield Chunk(start, end - start, None)
+            return
+        yield from _read_splitting(prog, start, middle, physical)
+        yield from _read_splitting(prog, middle, end, physical)
+    else:
+        yield Chunk(start, end - start, data)
+
+
+def _split_point(start: int, end: int) -> int | None:
+    """The page boundary nearest to the middle of a range, or None if it lies within one page."""
+    middle = (start + end) // 2 // SMALLEST_PAGE * SMALLEST_PAGE
+    if middle <= start:
+        middle += SMALLEST_PAGE
+    return middle if middle < end else None
+
+
+class Blocks(NamedTuple):
+    """Equally sized blocks of memory, in the order in which they were asked for."""
+
+    #: uint8, shape (n, size); rows that could not be read are zero.
+    data: ByteArray
+    #: bool, shape (n,); False where the block is not in the dump or went away.
+    readable: BoolArray
+
+
+def read_blocks(
+    prog: Program,
+    addresses: AddressArray,
+    size: int,
+    *,
+    physical: bool = True,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Blocks:
+    """
+    Read equally sized blocks, adjacent ones together.
+
+    :param addresses: uint64, shape (n,), in any order, repeats allowed.
+    :param size: Bytes in a block.
+    """
+    count = len(addresses)
+    data = np.zeros((count, size), np.uint8)
+    readable = np.zeros(count, np.bool_)
+    if not count:
+        return Blocks(data, readable)
+    order = np.argsort(addresses, kind="stable")
+    ordered = addresses[order].astype(np.uint64, copy=False)
+    # A run is a set of consecutive blocks without a gap, cut so that it fits one read.
+    breaks = np.flatnonzero(np.diff(ordered) != size) + 1
+    per_read = max(1, chunk_bytes // size)
+    starts: list[int] = []
+    for first, last in zip(np.r_[0, breaks].tolist(), np.r_[breaks, count].tolist()):
+        starts.extend(range(first, last, per_read))
+    starts.append(count)
+    for first, last in zip(starts[:-1], starts[1:]):
+        _read_run(prog, int(ordered[first]), size, physical, order[first:last], data, readable)
+    return Blocks(data, readable)
+
+
+def _read_run(
+    prog: Program,
+    address: int,
+    size: int,
+    physical: bool,
+    rows: npt.NDArray[np.intp],
+    data: ByteArray,
+    readable: BoolArray,
+) -> None:
+    try:
+        raw = prog.read(address, size * len(rows), physical)
+    except FaultError:
+        if len(rows) == 1:
+            return
+        half = len(rows) // 2
+        _read_run(prog, address, size, physical, rows[:half], data, readable)
+        _read_run(prog, address + half * size, size, physical, rows[half:], data, readable)
+        return
+    data[rows] = np.frombuffer(raw, np.uint8).reshape(len(rows), size)
+    readable[rows] = True
