@@ -142,6 +142,8 @@ class Summary:
     page_bytes: int
     scanned_pages: int
     unreadable_pages: int
+    #: Descriptors whose allocation order could not be read; counted as one page.
+    unknown_orders: int
     typed: tuple[TypedCount, ...]
     #: ``None`` if the counters cannot be read from this target; *counter_problem* says why.
     counter: CounterReading | None
@@ -161,7 +163,7 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        return not self.unreadable_pages and self.counter is not None
+        return not (self.unreadable_pages or self.unknown_orders) and self.counter is not None
 
     @property
     def difference(self) -> int | None:

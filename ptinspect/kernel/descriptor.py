@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from drgn import (
     IntegerLike,
     Object,
+    PlatformFlags,
     Program,
     Type,
     TypeKind,
@@ -457,7 +457,7 @@ _SCALAR_KINDS = frozenset({TypeKind.INT, TypeKind.BOOL, TypeKind.POINTER, TypeKi
 def _flatten(prog: Program, name: str, type_: Type, offset: int) -> list[tuple[str, str, int]]:
     """The NumPy fields of one C member: (name, format, offset)."""
     kind = type_.unaliased_kind()
-    order = "<" if _is_little_endian(prog) else ">"
+    order = byte_order(prog)
     if kind in _SCALAR_KINDS:
         signed = "i" if kind == TypeKind.INT and type_.unaliased().is_signed else "u"
         return [(name, f"{order}{signed}{sizeof(type_)}", offset)]
@@ -480,17 +480,18 @@ def _flatten(prog: Program, name: str, type_: Type, offset: int) -> list[tuple[s
     return [(name, code, offset)]
 
 
-def _is_little_endian(prog: Program) -> bool:
+def byte_order(prog: Program) -> str:
+    """Get the target's byte order, as NumPy writes it."""
     platform = prog.platform
     if platform is None:
         raise TargetError("the program has no platform, so its byte order is unknown")
-    return bool(platform.flags & platform.flags.IS_LITTLE_ENDIAN)
+    return "<" if platform.flags & PlatformFlags.IS_LITTLE_ENDIAN else ">"
 
 
 @takes_program_or_default
 def page_type_dtype(prog: Program) -> tuple[np.dtype[np.uint32], int]:
     """Get the NumPy type of ``page_type`` and its offset in ``struct page``, in bytes."""
-    order = "<" if _is_little_endian(prog) else ">"
+    order = byte_order(prog)
     return np.dtype(f"{order}u4"), offsetof(prog.type("struct page"), "page_type")
 
 
@@ -509,7 +510,7 @@ def compound_order_field(prog: Program) -> OrderField:
     Source: drgn's ``compound_order()``, which needs one object a page; this serves bulk reads.
     """
     page = prog.type("struct page")
-    order = "<" if _is_little_endian(prog) else ">"
+    order = byte_order(prog)
     try:
         folio = prog.type("struct folio")
     except LookupError:
@@ -518,7 +519,9 @@ def compound_order_field(prog: Program) -> OrderField:
         # Newest first: ebc1baf5c9b4 ("mm: free up a word in the first tail page", v6.6), then
         # 379708ffde1b ("mm: add the first tail page to struct folio", v6.1).
         for name in ("_flags_1", "_folio_order"):
-            if folio.has_member(name) and (name != "_flags_1" or not folio.has_member("_folio_order")):
+            if folio.has_member(name) and (
+                name != "_flags_1" or not folio.has_member("_folio_order")
+            ):
                 member = folio.member(name)
                 size = sizeof(member.type)
                 return OrderField(member.offset, np.dtype(f"{order}u{size}"))
@@ -535,6 +538,3 @@ def flags_bit(prog: Program, *names: str) -> int | None:
         except LookupError:
             continue
     return None
-
-
-Uint64Array = npt.NDArray[np.uint64]

@@ -112,5 +112,7 @@ def describe_ptl(ptdesc: Type) -> str:
     type_ = ptdesc.member("ptl").type
     name = type_.type_name()
     if type_.unaliased_kind() == TypeKind.POINTER:
-        return f"pointer to an allocated lock ({name}, lock of {sizeof(type_.unaliased().type)} bytes)"
+        return (
+            f"pointer to an allocated lock ({name}, lock of {sizeof(type_.unaliased().type)} bytes)"
+        )
     return f"embedded lock ({name}, {sizeof(type_)} bytes)"

@@ -1,0 +1,143 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From what a person types (a pfn, a physical, direct-map or descriptor address) to a descriptor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from drgn import FaultError, Object, Program, sizeof
+from drgn.helpers.linux.mm import compound_head, in_direct_map, pfn_to_page, virt_to_page
+
+from ptinspect.errors import IncompleteError, UsageError
+from ptinspect.kernel.descriptor import page_ptdesc
+from ptinspect.tables.scan import PageRange, memmap_ranges
+
+
+class AddressKind(Enum):
+    """What a number that a person typed can be."""
+
+    PFN = "pfn"
+    PHYSICAL = "phys"
+    PTDESC = "ptdesc"
+    VIRTUAL = "virt"
+
+
+@dataclass(frozen=True)
+class Located:
+    """The descriptor that an address belongs to."""
+
+    #: ``struct ptdesc *`` of the head page.
+    ptdesc: Object
+    kind: AddressKind
+    #: The page that was named is a tail page of the descriptor's.
+    is_tail: bool
+
+
+def parse_address(text: str) -> tuple[AddressKind | None, int]:
+    """
+    Split ``phys:0x1000``, ``pfn:12``, ``page:0xffff...``, ``ptdesc:...``, ``virt:...`` or a number.
+
+    :return: The kind if it was given, and the number (decimal, or hexadecimal after ``0x``).
+    :raises UsageError: if it is no number
+    """
+    prefix, colon, number = text.rpartition(":")
+    kind = None
+    if colon:
+        try:
+            kind = AddressKind("ptdesc" if prefix == "page" else prefix)
+        except ValueError:
+            raise UsageError(
+                f"unknown kind of address {prefix!r}: use pfn, phys, page, ptdesc or virt"
+            ) from None
+    try:
+        value = int(number, 0)
+    except ValueError:
+        # crash and drgn print addresses without 0x: take those that can be nothing else.
+        try:
+            value = int(number, 16)
+        except ValueError:
+            raise UsageError(f"{text!r} is not an address or a page frame number") from None
+    if not 0 <= value < 1 << 64:
+        raise UsageError(f"{text!r} does not fit in 64 bits")
+    return kind, value
+
+
+def locate_ptdesc(prog: Program, text: str) -> Located:
+    """
+    Find the descriptor that an address belongs to.
+
+    A bare number is a descriptor if it lies in the memory map, else a direct-map address, else a
+    page frame number if there is such a page frame, else a physical address.
+
+    :raises UsageError: if there is no struct page for it
+    :raises IncompleteError: if the struct page is not in the dump
+    """
+    kind, value = parse_address(text)
+    ranges = memmap_ranges(prog)
+    if kind is None:
+        kind = _guess_kind(prog, ranges, value)
+    page = _page_at(prog, ranges, kind, value)
+    if page is None:
+        raise UsageError(f"{value:#x} is no {_DESCRIPTIONS[kind]} of this target's memory")
+    try:
+        head = compound_head(page).read_()
+    except FaultError as error:
+        raise IncompleteError(f"the struct page of {value:#x} cannot be read: {error}") from error
+    return Located(page_ptdesc(head), kind, head.value_() != page.value_())
+
+
+_DESCRIPTIONS = {
+    AddressKind.PFN: "page frame number",
+    AddressKind.PHYSICAL: "physical address",
+    AddressKind.PTDESC: "address of a struct page",
+    AddressKind.VIRTUAL: "direct-map address",
+}
+
+
+def _guess_kind(prog: Program, ranges: list[PageRange], value: int) -> AddressKind:
+    if _pfn_of_page(prog, ranges, value) is not None:
+        return AddressKind.PTDESC
+    if value >> 63 or (_in_direct_map(prog, value) and not _has_pfn(ranges, value)):
+        return AddressKind.VIRTUAL
+    return AddressKind.PFN if _has_pfn(ranges, value) else AddressKind.PHYSICAL
+
+
+def _page_at(
+    prog: Program, ranges: list[PageRange], kind: AddressKind, value: int
+) -> Object | None:
+    if kind is AddressKind.PTDESC:
+        pfn = _pfn_of_page(prog, ranges, value)
+    elif kind is AddressKind.VIRTUAL:
+        if not _in_direct_map(prog, value):
+            return None
+        page = virt_to_page(prog, value)
+        pfn = _pfn_of_page(prog, ranges, page.value_())
+    elif kind is AddressKind.PHYSICAL:
+        pfn = value >> prog["PAGE_SHIFT"].value_()
+    else:
+        pfn = value
+    return pfn_to_page(prog, pfn) if pfn is not None and _has_pfn(ranges, pfn) else None
+
+
+def _has_pfn(ranges: list[PageRange], pfn: int) -> bool:
+    return any(r.start_pfn <= pfn < r.end_pfn for r in ranges)
+
+
+def _pfn_of_page(prog: Program, ranges: list[PageRange], address: int) -> int | None:
+    size = sizeof(prog.type("struct page"))
+    for pages in ranges:
+        index, inside = divmod(address - pages.memmap, size)
+        if 0 <= index < pages.end_pfn - pages.start_pfn:
+            # An address inside a struct page, such as that of its list node, means that page.
+            del inside
+            return pages.start_pfn + index
+    return None
+
+
+def _in_direct_map(prog: Program, address: int) -> bool:
+    try:
+        return in_direct_map(prog, address)
+    except (LookupError, FaultError, ValueError):
+        return False
