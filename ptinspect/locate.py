@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From what a person types (a pfn, a physical, direct-map or descriptor address) to a descriptor."""
+"""From what a person types (a pfn, a physical or virtual address) to a descriptor."""
 
 from __future__ import annotations
 
@@ -128,16 +128,15 @@ def _has_pfn(ranges: list[PageRange], pfn: int) -> bool:
 def _pfn_of_page(prog: Program, ranges: list[PageRange], address: int) -> int | None:
     size = sizeof(prog.type("struct page"))
     for pages in ranges:
-        index, inside = divmod(address - pages.memmap, size)
+        # An address inside a struct page, such as that of its list node, means that page.
+        index = (address - pages.memmap) // size
         if 0 <= index < pages.end_pfn - pages.start_pfn:
-            # An address inside a struct page, such as that of its list node, means that page.
-            del inside
             return pages.start_pfn + index
     return None
 
 
 def _in_direct_map(prog: Program, address: int) -> bool:
     try:
-        return in_direct_map(prog, address)
+        return bool(in_direct_map(prog, address))
     except (LookupError, FaultError, ValueError):
         return False

@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The frozen records that the core yields and the faces print: plain Python values, no drgn objects."""
+"""The frozen records that the core yields and the faces print: plain values, no drgn objects."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class CounterReading:
-    """NR_PAGETABLE, exactly as the kernel keeps it: a global sum and what CPUs have not added yet."""
+    """NR_PAGETABLE as the kernel keeps it: a global sum and what CPUs have not added yet."""
 
     #: ``vm_node_stat[NR_PAGETABLE]``, pages.
     global_pages: int

@@ -516,12 +516,11 @@ def compound_order_field(prog: Program) -> OrderField:
     except LookupError:
         folio = None
     if folio is not None:
-        # Newest first: ebc1baf5c9b4 ("mm: free up a word in the first tail page", v6.6), then
-        # 379708ffde1b ("mm: add the first tail page to struct folio", v6.1).
-        for name in ("_flags_1", "_folio_order"):
-            if folio.has_member(name) and (
-                name != "_flags_1" or not folio.has_member("_folio_order")
-            ):
+        # 379708ffde1b ("mm: add the first tail page to struct folio", v6.1) brought _folio_order
+        # beside _flags_1; ebc1baf5c9b4 ("mm: free up a word in the first tail page", v6.6) moved
+        # the order from the one to the other.
+        for name in ("_folio_order", "_flags_1"):
+            if folio.has_member(name):
                 member = folio.member(name)
                 size = sizeof(member.type)
                 return OrderField(member.offset, np.dtype(f"{order}u{size}"))

@@ -17,8 +17,8 @@ from ptinspect.kernel.descriptor import ptdesc_is_native, ptdesc_type
 from ptinspect.records import Layout, LayoutMember, TableMatch
 
 # Each pair is (names in struct page, names in struct ptdesc), newest first. Sources: the asserts
-# below struct ptdesc in include/linux/mm_types.h of 7.3 and in include/linux/mm_types.h of 6.12, and
-# the patch "mm: create struct ptdesc" of 12 June 2023.
+# below struct ptdesc in include/linux/mm_types.h of 7.3 and of 6.12, and the patch "mm: create
+# struct ptdesc" of 12 June 2023.
 _KERNEL_PAIRS = (
     (("flags",), ("pt_flags", "__page_flags")),
     (("compound_info", "compound_head"), ("pt_list",)),

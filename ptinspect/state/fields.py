@@ -40,14 +40,14 @@ from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan, compound_orders
 
 #: Functions that free a table after a grace period, given through ``pt_rcu_head``: pte_free_now
-#: (mm/pgtable-generic.c and powerpc's and s390's own), __tlb_remove_table_one_rcu (mm/mmu_gather.c).
+#: (mm/pgtable-generic.c, powerpc's and s390's own), __tlb_remove_table_one_rcu (mm/mmu_gather.c).
 RCU_FREE_FUNCTIONS = ("pte_free_now", "__tlb_remove_table_one_rcu")
 
 #: MEMCG_DATA_KMEM and the mask of all flag bits, include/linux/memcontrol.h.
 _MEMCG_DATA_KMEM = 2
 _MEMCG_DATA_FLAGS = 7
 
-# Offsets of LIST_POISON1 and LIST_POISON2 from CONFIG_ILLEGAL_POINTER_VALUE (include/linux/poison.h).
+# Offsets of the poison values from CONFIG_ILLEGAL_POINTER_VALUE (include/linux/poison.h).
 _POISON_OFFSETS = {0x100: "LIST_POISON1", 0x122: "LIST_POISON2"}
 _POISON_BASES = (0xDEAD000000000000, 0x5DEADBEEF0000000, 0)
 
@@ -127,7 +127,8 @@ def descriptor_levels(
 
 def _typed(prog: Program, descriptors: npt.NDArray[np.void]) -> BoolArray:
     test = page_type_test(prog)
-    return (descriptors["__page_type"] & np.uint32(test.mask)) == np.uint32(test.match)
+    typed: BoolArray = (descriptors["__page_type"] & np.uint32(test.mask)) == np.uint32(test.match)
+    return typed
 
 
 def _names_its_mm(
@@ -152,7 +153,8 @@ def direct_map_addresses(prog: Program, pfns: npt.NDArray[np.uint64]) -> Address
         return np.empty(0, np.uint64)
     shift = np.uint64(prog["PAGE_SHIFT"].value_())
     first = np.uint64(pfn_to_virt(prog, int(pfns[0])).value_())
-    return first + ((pfns - pfns[0]) << shift)
+    addresses: AddressArray = first + ((pfns - pfns[0]) << shift)
+    return addresses
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def _list(facts: _Facts) -> _Answer:
 
 def _points_to(prog: Program, address: int, target: int) -> bool:
     try:
-        return prog.read_u64(address) == target
+        return bool(prog.read_u64(address) == target)
     except FaultError:
         return False
 

@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the kernel itself counted: NR_PAGETABLE, with the parts that CPUs still keep to themselves."""
+"""What the kernel itself counted: NR_PAGETABLE, with the parts that CPUs have not added yet."""
 
 from __future__ import annotations
 

@@ -40,4 +40,5 @@ def page_nodes(prog: Program, flags: npt.NDArray[np.uint64]) -> npt.NDArray[np.i
     if not shift:
         return np.zeros(len(flags), np.int64)
     bits = 8 * sizeof(prog.type("unsigned long"))
-    return (flags >> np.uint64(bits - shift)).astype(np.int64)
+    nodes: npt.NDArray[np.int64] = (flags >> np.uint64(bits - shift)).astype(np.int64)
+    return nodes

@@ -231,4 +231,5 @@ def counted_pages(prog: Program, scan: MemmapScan) -> npt.NDArray[np.int64]:
     """
     if not ptdesc_is_native(prog):
         return np.ones(len(scan.orders), np.int64)
-    return np.left_shift(np.int64(1), scan.orders.astype(np.int64))
+    pages: npt.NDArray[np.int64] = np.left_shift(np.int64(1), scan.orders.astype(np.int64))
+    return pages
