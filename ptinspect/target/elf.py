@@ -18,6 +18,7 @@ from typing import NamedTuple
 MAGIC = b"\x7fELF"
 HEADER_BYTES = 64
 
+ET_REL = 1
 ET_CORE = 4
 PT_LOAD = 1
 PT_NOTE = 4
@@ -78,6 +79,7 @@ class ElfFile:
     little_endian: bool
     type: int
     machine: int
+    flags: int
     segments: tuple[Segment, ...]
     sections: tuple[Section, ...]
 
@@ -155,12 +157,13 @@ def read_elf(fd: int) -> ElfFile:
     fields = header.unpack_from(ident, 16)
     kind, machine = fields[0], fields[1]
     phoff, shoff = fields[4], fields[5]
+    flags = fields[6]
     phnum, shnum, shstrndx = fields[9], fields[11], fields[12]
     sections = _read_sections(fd, order, bits, shoff, shnum, shstrndx)
     if phnum == _PN_XNUM:
         phnum = _extended_phnum(fd, order, bits, shoff)
     segments = _read_segments(fd, order, bits, phoff, phnum)
-    return ElfFile(fd, bits, order == "<", kind, machine, segments, sections)
+    return ElfFile(fd, bits, order == "<", kind, machine, flags, segments, sections)
 
 
 def _extended_phnum(fd: int, order: str, bits: int, shoff: int) -> int:

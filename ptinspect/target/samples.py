@@ -53,10 +53,7 @@ def sample_folders() -> list[Path]:
 def sample_names() -> list[str]:
     """The names of the samples at hand, sorted."""
     names = {
-        entry.name
-        for folder in sample_folders()
-        for entry in folder.iterdir()
-        if _is_sample(entry)
+        entry.name for folder in sample_folders() for entry in folder.iterdir() if _is_sample(entry)
     }
     return sorted(names)
 

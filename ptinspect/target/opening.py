@@ -1,0 +1,109 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open a target: choose the way, load the debugging information, undo everything at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from drgn import Program
+
+from ptinspect.errors import DebugInfoError, UsageError
+from ptinspect.target import architecture as architectures
+from ptinspect.target import debuginfo, vmcoreinfo
+from ptinspect.target.architecture import TargetArchitecture
+from ptinspect.target.core import open_core
+from ptinspect.target.guest import open_guest, paused
+from ptinspect.target.live import open_live
+from ptinspect.target.options import Target, TargetKind, TargetOptions
+from ptinspect.target.samples import open_sample
+from ptinspect.target.xen import refuse_xen_pv
+
+
+@contextmanager
+def open_target(options: TargetOptions) -> Iterator[Target]:
+    """
+    Open a kernel and load its debugging information.
+
+    When the context ends, in whatever way, a guest that was stopped for it runs again and nothing
+    temporary is left.
+
+    :raises TargetError: if the target cannot be opened
+    :raises DebugInfoError: if its debugging information is missing or belongs to another kernel
+    :raises UsageError: if the options contradict each other
+    """
+    _check_options(options)
+    note = vmcoreinfo.read_file(options.vmcoreinfo) if options.vmcoreinfo else None
+    architecture = (
+        architectures.by_name(options.architecture) if options.architecture is not None else None
+    )
+    with ExitStack() as stack:
+        symbols = options.symbols
+        if options.sample is not None:
+            sample = open_sample(options.sample)
+            symbols = symbols or (sample.symbols,)
+            opened = open_core(sample.core, architecture, note)
+            target = replace(opened, kind=TargetKind.SAMPLE, name=sample.name)
+        elif options.core is not None:
+            target = open_core(options.core, architecture, note)
+        elif options.qemu is not None:
+            guest = stack.enter_context(open_guest(options.qemu, architecture, note))
+            target = guest.target
+        else:
+            target = open_live(architecture, note)
+        debuginfo.load(target.prog, symbols, options.kernel_directory)
+        refuse_xen_pv(target.prog)
+        if options.pause and options.qemu is not None:
+            # Only now: while debugging information is loaded the guest need not stand still.
+            how = stack.enter_context(paused(guest.connection))
+            target = replace(target, racing=False, notes=(*target.notes, how))
+        yield target
+
+
+def open_symbols(symbols: Sequence[Path], architecture: str | None = None) -> Program:
+    """
+    A program without a target: the types of a vmlinux, and the addresses of its symbols.
+
+    :param symbols: The vmlinux, and modules if wanted.
+    :param architecture: Refuse anything else than this.
+    :raises TargetError: if the architecture is not supported
+    :raises DebugInfoError: if a file cannot be read or has no DWARF
+    """
+    if not symbols:
+        raise UsageError("no file with debugging information given (--symbols FILE)")
+    wanted = architectures.by_name(architecture) if architecture is not None else None
+    prog: Program | None = None
+    for path in symbols:
+        found = _architecture_of(path)
+        if wanted is not None and found != wanted:
+            raise DebugInfoError(f"--symbols {path}: it is for {found.name}, not for {wanted.name}")
+        wanted = found
+        if prog is None:
+            prog = Program(found.platform)
+        debuginfo.load_types(path, prog)
+    assert prog is not None
+    return prog
+
+
+def _architecture_of(path: Path) -> TargetArchitecture:
+    elf, _ = debuginfo.read_symbols_header(path)
+    return architectures.by_elf(f"--symbols {path}", elf.machine, elf.bits, elf.little_endian)
+
+
+def _check_options(options: TargetOptions) -> None:
+    given = [
+        name
+        for name, value in (
+            ("--core", options.core),
+            ("--qemu", options.qemu),
+            ("--sample", options.sample),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other")
+    if options.pause and options.qemu is None:
+        raise UsageError("--pause needs --qemu: nothing else can be stopped")

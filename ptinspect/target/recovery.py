@@ -1,0 +1,85 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Make a kernel program of one that can only read physical memory: find its VMCOREINFO there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Callable
+
+from drgn import Architecture, FaultError, Program
+
+from ptinspect.errors import TargetError
+from ptinspect.target import chained, vmcoreinfo
+from ptinspect.target.architecture import TargetArchitecture
+
+
+def with_note(base: Program, architecture: TargetArchitecture, note: bytes, live: bool) -> Program:
+    """
+    A kernel program over one that reads physical memory.
+
+    :param note: The text of VMCOREINFO.
+    :raises TargetError: if drgn cannot use the note
+    """
+    try:
+        return chained.over_program(base, architecture.platform, note, live)
+    except Exception as error:
+        raise TargetError(f"VMCOREINFO: {error}") from None
+
+
+def recover(
+    name: str,
+    base: Program,
+    architecture: TargetArchitecture,
+    ranges: Sequence[tuple[int, int]],
+    live: bool,
+) -> tuple[Program, str]:
+    """
+    Find the note in physical memory and check that it describes that memory.
+
+    :param name: The target, for messages.
+    :param base: Reads physical memory.
+    :param ranges: Start and size of the memory to search.
+    :return: the kernel program, and how the note was found
+    :raises TargetError: if there is none, with what to do about it
+    """
+    read = _reader(base, physical=True)
+    if architecture.drgn == Architecture.S390X:
+        text = vmcoreinfo.from_lowcore(read)
+        if text is not None:
+            prog = with_note(base, architecture, text, live)
+            if vmcoreinfo.matches(text, _reader(prog, physical=False)):
+                return prog, "VMCOREINFO recovered from the lowcore"
+    stale = 0
+    for address, text in vmcoreinfo.search(read, ranges):
+        prog = with_note(base, architecture, text, live)
+        if vmcoreinfo.matches(text, _reader(prog, physical=False)):
+            return prog, f"VMCOREINFO found in memory at physical address {address:#x}"
+        stale += 1
+    raise TargetError(_advice(name, architecture, stale))
+
+
+def _reader(prog: Program, physical: bool) -> Callable[[int, int], bytes | None]:
+    def read(address: int, size: int) -> bytes | None:
+        try:
+            data: bytes = prog.read(address, size, physical)
+        except (FaultError, OverflowError, ValueError):
+            return None
+        return data
+
+    return read
+
+
+def _advice(name: str, architecture: TargetArchitecture, stale: int) -> str:
+    found = f"only {stale} that do not describe this memory" if stale else "none"
+    if architecture.drgn in (Architecture.X86_64, Architecture.AARCH64):
+        remedy = (
+            "run QEMU with -device vmcoreinfo and load qemu_fw_cfg in the guest, "
+            "or give the note with --vmcoreinfo FILE"
+        )
+    else:
+        remedy = "give the note with --vmcoreinfo FILE"
+    return (
+        f"{name}: no Linux kernel recognised: its memory was searched for a VMCOREINFO note "
+        f"and has {found} (not booted yet, or built without CONFIG_VMCORE_INFO); {remedy}"
+    )

@@ -1,0 +1,211 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+VMCOREINFO: the kernel's own note about itself, and how to recover it when a target lacks it.
+
+The kernel keeps the note in its memory (kernel/vmcore_info.c: vmcoreinfo_note, before 6.9 in
+kernel/crash_core.c). drgn cannot do without it: the address of the kernel's page tables, the KASLR
+offset and the build ID are there and nowhere else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Callable, Optional
+
+from ptinspect.errors import TargetError
+from ptinspect.target.elf import ET_CORE, MAGIC, ElfError, parse_notes, read_elf
+
+NAME = b"VMCOREINFO"
+
+#: An ELF note's header (three words), its name padded to a multiple of 4, then the text.
+_HEADER_BYTES = 12
+_PADDED_NAME = NAME + b"\0\0"
+_TEXT_START = b"OSRELEASE="
+
+#: The text is at most one page (VMCOREINFO_BYTES), and no architecture has pages above 64 KiB.
+_MOST_TEXT_BYTES = 1 << 16
+_LEAST_TEXT_BYTES = 64
+
+#: Where an s390 kernel leaves the physical address of its note in the lowcore
+#: (arch/s390/include/asm/lowcore.h: struct lowcore.vmcore_info).
+_LOWCORE_VMCORE_INFO = 0xE0C
+
+#: Bytes searched in one read.
+_CHUNK_BYTES = 1 << 20
+
+#: Offset of ``release`` in ``struct new_utsname``: two strings of __NEW_UTS_LEN + 1 before it.
+_UTSNAME_RELEASE = 2 * 65
+_UTSNAME_STRING = 65
+
+#: Reads physical memory: address, size -> the bytes, or None where there are none.
+PhysicalReader = Callable[[int, int], Optional[bytes]]
+
+
+def parse(text: bytes) -> dict[str, str]:
+    """The ``KEY=value`` lines of a note's text."""
+    fields: dict[str, str] = {}
+    for line in text.rstrip(b"\0").split(b"\n"):
+        key, equals, value = line.partition(b"=")
+        if equals:
+            fields[key.decode("ascii", "replace")] = value.decode("utf-8", "replace")
+    return fields
+
+
+def problem(text: bytes) -> str | None:
+    """What makes a text unfit to be the VMCOREINFO of a kernel, or None if nothing does."""
+    fields = parse(text)
+    if not fields.get("OSRELEASE"):
+        return "it has no OSRELEASE"
+    if not fields.get("PAGESIZE", "").isdigit():
+        return "it has no PAGESIZE"
+    page_size = int(fields["PAGESIZE"])
+    if page_size & (page_size - 1) or not 4096 <= page_size <= 65536:
+        return f"its PAGESIZE is {page_size}"
+    for symbol in ("SYMBOL(init_uts_ns)", "SYMBOL(swapper_pg_dir)"):
+        value = fields.get(symbol)
+        if value is not None and not _is_hexadecimal(value):
+            return f"its {symbol} is not an address"
+    # mmu_psize_defs and the like come and go; these two are there since 2.6.24 on all we support.
+    if "SYMBOL(init_uts_ns)" not in fields:
+        return "it has no SYMBOL(init_uts_ns)"
+    return None
+
+
+def read_file(path: Path) -> bytes:
+    """
+    Read what --vmcoreinfo names: the text, a whole note, or a core file with one.
+
+    :raises TargetError: if it is none of these
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_TEXT_BYTES)
+            is_elf = data.startswith(MAGIC)
+            text = _note_of_core(file.fileno()) if is_elf else _text_of_note(data)
+    except (OSError, ElfError) as error:
+        raise TargetError(f"--vmcoreinfo {path}: {_reason(error)}") from None
+    why = problem(text)
+    if why:
+        raise TargetError(f"--vmcoreinfo {path}: not a VMCOREINFO: {why}")
+    return text
+
+
+def _note_of_core(fd: int) -> bytes:
+    elf = read_elf(fd)
+    if elf.type == ET_CORE:
+        for note in elf.notes():
+            if note.name == NAME:
+                return note.desc
+    raise ElfError("an ELF file without a VMCOREINFO note")
+
+
+def _text_of_note(data: bytes) -> bytes:
+    """The text of a note with its ELF header, or the data themselves if they have none."""
+    for little_endian in (True, False):
+        for note in parse_notes(data, little_endian):
+            if note.name == NAME:
+                return note.desc
+            break
+    return data
+
+
+def from_lowcore(read: PhysicalReader) -> bytes | None:
+    """
+    Recover the note of an s390 kernel through the pointer in its lowcore.
+
+    :param read: Reads absolute (not prefixed) physical memory.
+    :return: its text; None if the kernel left no pointer or what it points to is no such note
+    """
+    raw = read(_LOWCORE_VMCORE_INFO, 8)
+    if raw is None:
+        return None
+    (address,) = struct.unpack(">Q", raw)
+    return _note_at(read, address) if address else None
+
+
+def search(read: PhysicalReader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+    """
+    Search physical memory for notes.
+
+    Stale copies (of a kernel that was booted before, of a file in the page cache) look the same;
+    the caller has to check each against the memory that it describes (see *matches*).
+
+    :param ranges: ``(start, size)`` of the memory to search.
+    :return: physical address and text of each plausible note
+    """
+    needle = _PADDED_NAME + _TEXT_START
+    overlap = _HEADER_BYTES + len(needle)
+    for start, size in ranges:
+        tail = b""
+        for address in range(start, start + size, _CHUNK_BYTES):
+            data = read(address, min(_CHUNK_BYTES, start + size - address))
+            if data is None:
+                tail = b""
+                continue
+            window = tail + data
+            base = address - len(tail)
+            found = window.find(needle)
+            while found >= 0:
+                note = base + found - _HEADER_BYTES
+                text = _note_at(read, note)
+                if text is not None:
+                    yield note, text
+                found = window.find(needle, found + 1)
+            tail = window[-overlap:]
+
+
+def matches(text: bytes, read_virtual: PhysicalReader) -> bool:
+    """
+    Whether a note describes the memory it was found in.
+
+    :param read_virtual: Reads kernel virtual memory as translated by means of this very note.
+    :return: whether ``init_uts_ns`` lies where the note says and names the note's release
+    """
+    fields = parse(text)
+    try:
+        address = int(fields["SYMBOL(init_uts_ns)"], 16)
+        # Kernels before 5.9 do not give the offset: kref (4 bytes) came first then.
+        address += int(fields.get("OFFSET(uts_namespace.name)", "4"))
+    except (KeyError, ValueError):
+        return False
+    release = read_virtual(address + _UTSNAME_RELEASE, _UTSNAME_STRING)
+    return release is not None and release.split(b"\0")[0] == fields["OSRELEASE"].encode()
+
+
+def _note_at(read: PhysicalReader, address: int) -> bytes | None:
+    """The text of the note at a physical address, or None if there is none."""
+    if address < 0:
+        return None
+    head = read(address, _HEADER_BYTES + len(_PADDED_NAME))
+    if head is None or not head.endswith(_PADDED_NAME):
+        return None
+    for order in "<>":
+        name_size, text_size, kind = struct.unpack_from(order + "III", head)
+        if name_size in (len(NAME), len(NAME) + 1) and kind == 0:
+            break
+    else:
+        return None
+    if not _LEAST_TEXT_BYTES <= text_size <= _MOST_TEXT_BYTES:
+        return None
+    text = read(address + len(head), text_size)
+    return None if text is None or problem(text) else text
+
+
+def field_summary(fields: Mapping[str, str]) -> str:
+    """The kernel that a note names, for messages."""
+    return f"Linux {fields.get('OSRELEASE', '?')}"
+
+
+def _is_hexadecimal(value: str) -> bool:
+    try:
+        int(value, 16)
+    except ValueError:
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
