@@ -115,7 +115,7 @@ def _page_at(
         page = virt_to_page(prog, value)
         pfn = _pfn_of_page(prog, ranges, page.value_())
     elif kind is AddressKind.PHYSICAL:
-        pfn = value >> prog["PAGE_SHIFT"].value_()
+        pfn = value >> int(prog["PAGE_SHIFT"].value_())
     else:
         pfn = value
     return pfn_to_page(prog, pfn) if pfn is not None and _has_pfn(ranges, pfn) else None

@@ -61,7 +61,8 @@ def list_poison_name(value: int) -> str | None:
     return None
 
 
-def _architecture(prog: Program) -> Architecture:
+def architecture(prog: Program) -> Architecture:
+    """Get the architecture of a program that has one."""
     assert prog.platform is not None
     return prog.platform.arch
 
@@ -116,7 +117,7 @@ def descriptor_levels(
     :return: str, shape (n,); empty where the descriptor does not tell.
     """
     levels = np.full(len(descriptors), "", "U8")
-    arch = _architecture(prog)
+    arch = architecture(prog)
     if arch == Architecture.X86_64 and "pt_mm" in (descriptors.dtype.names or ()):
         levels[_names_its_mm(prog, pfns, descriptors["pt_mm"])] = "PGD"
     elif arch == Architecture.S390X and ptdesc_is_native(prog):
@@ -170,7 +171,7 @@ class _Facts:
 
     @property
     def arch(self) -> Architecture:
-        return _architecture(self.prog)
+        return architecture(self.prog)
 
 
 #: What a rule answers: the state, and the decoded value or the reason why there is none.

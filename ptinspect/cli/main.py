@@ -1,0 +1,70 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ``ptinspect`` command: its group, and how errors become one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+from drgn import FaultError
+
+from ptinspect import __version__
+from ptinspect.cli import descriptors, layout, summary
+from ptinspect.cli.target_options import target_options
+from ptinspect.errors import ExitStatus, PtinspectError
+from ptinspect.faces.escape import escape
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ptinspect")
+@target_options
+def cli() -> None:
+    """
+    Look inside the page tables of a Linux kernel, live or dead.
+
+    Without a target option the running kernel is read through /proc/kcore (as root). Target
+    options may stand before or after the command.
+
+    \b
+    Exit status: 0 fine, 1 findings, 2 wrong usage, 3 the target cannot be opened,
+    4 the answer is incomplete (the dump lacks memory, or it went away while reading).
+    """
+
+
+for _command in (summary.command, descriptors.list_command, descriptors.show_command):
+    cli.add_command(_command)
+cli.add_command(layout.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; errors become one line on stderr and an exit status."""
+    try:
+        status = cli.main(args=arguments, prog_name="ptinspect", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.exceptions.Abort:
+        return _fail("interrupted", 128 + 2)
+    except PtinspectError as error:
+        return _fail(str(error), error.exit_status)
+    except FaultError as error:
+        return _fail(f"memory that the answer needs cannot be read: {error}", ExitStatus.INCOMPLETE)
+    except BrokenPipeError:
+        # The reader (head, a pager) has seen enough. What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.OK
+    return int(status or 0)
+
+
+def _fail(message: str, status: int) -> int:
+    click.echo(f"ptinspect: {escape(message)}", err=True)
+    return status

@@ -1,0 +1,71 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Reports as JSON and CSV, for programs. docs/json.md describes the JSON.
+
+Rows are written as they come, so that a list of a million descriptors needs no memory for itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from typing import TextIO
+
+from ptinspect.faces.escape import escape
+from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+
+#: Raised when a field changes its meaning or goes away; new fields do not raise it.
+JSON_VERSION = 1
+
+
+def write_json(report: Report, out: TextIO) -> None:
+    """Write a report as one JSON object."""
+    head = {
+        "schema": "ptinspect",
+        "version": JSON_VERSION,
+        "command": report.command,
+        "target": report.target,
+        "complete": not report.missing,
+        "missing": list(report.missing),
+        "notes": list(report.notes),
+    }
+    out.write(json.dumps(head, indent=1)[:-2] + ',\n "tables": {')
+    for index, table in enumerate(report.tables):
+        out.write(f"{',' if index else ''}\n  {json.dumps(table.name)}: [")
+        _write_json_rows(table, out)
+        out.write("]")
+    out.write("\n }\n}\n")
+
+
+def _write_json_rows(table: Table, out: TextIO) -> None:
+    separator = "\n   "
+    for row in table.rows:
+        record = {c.name: _json_value(c, value) for c, value in zip(table.columns, row)}
+        out.write(separator + json.dumps(record))
+        separator = ",\n   "
+
+
+def _json_value(column: Column, value: Cell) -> Cell:
+    if column.kind is Kind.HEX and isinstance(value, int):
+        return f"{value:#x}"
+    return value
+
+
+def write_csv(report: Report, out: TextIO) -> None:
+    """Write the tables of a report one below the other, an empty line between them."""
+    writer = csv.writer(out, lineterminator="\n")
+    for index, table in enumerate(report.tables):
+        if index:
+            out.write("\n")
+        writer.writerow([column.name for column in table.columns])
+        for row in table.rows:
+            writer.writerow([_csv_value(c, value) for c, value in zip(table.columns, row)])
+
+
+def _csv_value(column: Column, value: Cell) -> int | str:
+    if value is None:
+        return ""
+    if column.kind is Kind.HEX and isinstance(value, int):
+        return f"{value:#x}"
+    return escape(value) if isinstance(value, str) else int(value)

@@ -1,0 +1,46 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reports as plain text."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from tabulate import tabulate
+
+from ptinspect.faces.escape import escape
+from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+
+
+def write_text(report: Report, out: TextIO) -> None:
+    """Write a report for a person."""
+    sections = []
+    for table in report.tables:
+        rendered = _render(table)
+        sections.append(f"{escape(table.title)}\n{rendered}" if table.title else rendered)
+    if report.notes:
+        sections.append("\n".join(escape(note) for note in report.notes))
+    if report.missing:
+        sections.append("\n".join(f"INCOMPLETE: {escape(what)}" for what in report.missing))
+    out.write("\n\n".join(sections) + "\n")
+
+
+def _render(table: Table) -> str:
+    rows = [[_cell(column, value) for column, value in zip(table.columns, r)] for r in table.rows]
+    if not rows:
+        return "(none)"
+    return tabulate(
+        rows,
+        headers=[column.name for column in table.columns],
+        tablefmt="plain",
+        colalign=["left" if c.kind is Kind.TEXT else "right" for c in table.columns],
+        disable_numparse=True,
+    )
+
+
+def _cell(column: Column, value: Cell) -> str:
+    if value is None:
+        return "-"
+    if column.kind is Kind.HEX and isinstance(value, int):
+        return f"{value:#x}"
+    return escape(value) if isinstance(value, str) else str(value)

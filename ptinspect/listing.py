@@ -1,0 +1,245 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The descriptors of a scan as columns that can be filtered, chosen and sorted, without a Python loop.
+
+A member of a descriptor is a value only where the table's role gives it one: elsewhere its column
+is empty. ``raw:MEMBER`` is the same bytes whatever they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import Architecture, Program
+from drgn.helpers.linux.mm import decode_page_flags_value
+
+from ptinspect.errors import UsageError
+from ptinspect.kernel.descriptor import canonical_member_name, flags_bit, ptdesc_has_member
+from ptinspect.memory import BoolArray
+from ptinspect.state.fields import architecture, direct_map_addresses, typed_levels
+from ptinspect.tables.nodes import page_nodes
+from ptinspect.tables.scan import MemmapScan
+
+#: Columns that are computed, not members.
+COMPUTED_COLUMNS = ("pfn", "ptdesc", "phys", "address", "order", "node", "level", "flags")
+
+#: Shown when no columns are chosen.
+DEFAULT_COLUMNS = ("pfn", "ptdesc", "address", "level", "order", "node", "refcount", "flags")
+
+#: Short names for members that people ask for often.
+_SHORT_NAMES = {
+    "refcount": "__page_refcount",
+    "memcg": "pt_memcg_data",
+    "mapping": "__page_mapping",
+}
+
+_ADDRESS_COLUMNS = frozenset({"pfn", "ptdesc", "phys", "address"})
+
+
+class ColumnData(NamedTuple):
+    """One column of all descriptors."""
+
+    values: npt.NDArray[Any]
+    #: bool; where False there is no value, and ``values`` means nothing.
+    present: BoolArray
+    #: Whether values are addresses, masks or raw words.
+    is_hex: bool
+
+
+class Listing:
+    """The descriptors of one scan, column by column, each computed when it is asked for."""
+
+    def __init__(self, prog: Program, scan: MemmapScan) -> None:
+        self._prog = prog
+        self._scan = scan
+        self._cache: dict[str, ColumnData] = {}
+
+    def __len__(self) -> int:
+        return len(self._scan.pfns)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Every column that this kernel's descriptors have."""
+        members = list(self._scan.descriptors.dtype.names or ())
+        return [*COMPUTED_COLUMNS, *_SHORT_NAMES, *members, *(f"raw:{name}" for name in members)]
+
+    def column(self, name: str) -> ColumnData:
+        """
+        Get one column.
+
+        :raises UsageError: if there is no such column on this kernel
+        """
+        if name not in self._cache:
+            self._cache[name] = self._compute(name)
+        return self._cache[name]
+
+    def _compute(self, name: str) -> ColumnData:
+        scan = self._scan
+        everywhere = np.ones(len(self), np.bool_)
+        if name in COMPUTED_COLUMNS:
+            values = self._computed(name)
+            if name == "level":
+                return ColumnData(values, values != "", False)
+            if name == "order":
+                return ColumnData(values, scan.order_known, False)
+            return ColumnData(values, everywhere, name in _ADDRESS_COLUMNS)
+        is_raw = name.startswith("raw:")
+        field = self._field_name(name[4:] if is_raw else name)
+        values = scan.descriptors[field]
+        present = everywhere if is_raw else self._meaningful(field)
+        return ColumnData(values, present, values.dtype.kind == "u")
+
+    def _computed(self, name: str) -> npt.NDArray[Any]:
+        scan = self._scan
+        if name == "pfn":
+            return scan.pfns
+        if name == "ptdesc":
+            return scan.addresses
+        if name == "phys":
+            return np.left_shift(scan.pfns, np.uint64(self._prog["PAGE_SHIFT"].value_()))
+        if name == "address":
+            return direct_map_addresses(self._prog, scan.pfns)
+        if name == "order":
+            return scan.orders
+        if name == "node":
+            return page_nodes(self._prog, scan.descriptors["pt_flags"])
+        if name == "level":
+            return typed_levels(self._prog, scan)
+        return self._flag_names()
+
+    def _flag_names(self) -> npt.NDArray[Any]:
+        words, rows = np.unique(scan_flags(self._prog, self._scan), return_inverse=True)
+        kernel_bit = flags_bit(self._prog, "PT_kernel")
+        names = []
+        for word in words.tolist():
+            text = decode_page_flags_value(self._prog, word)
+            if kernel_bit is not None and word & kernel_bit:
+                text = text.replace("PG_referenced", "PT_kernel")
+            names.append(text)
+        return np.array(names or [""])[rows.reshape(-1)] if len(rows) else np.empty(0, "U1")
+
+    def _field_name(self, name: str) -> str:
+        base, dot, part = _SHORT_NAMES.get(name, name).partition(".")
+        try:
+            field = canonical_member_name(base) + dot + part
+        except LookupError:
+            raise UsageError(self._no_such_column(name)) from None
+        if field not in (self._scan.descriptors.dtype.names or ()):
+            if ptdesc_has_member(self._prog, base) and not dot:
+                raise UsageError(
+                    f"column {name!r} has two words: use {field}.next and {field}.prev "
+                    "(pt_rcu_head: .next and .func)"
+                )
+            raise UsageError(self._no_such_column(name))
+        return field
+
+    def _no_such_column(self, name: str) -> str:
+        return f"this kernel's descriptors have no column {name!r}; there are: " + ", ".join(
+            self.column_names
+        )
+
+    def _meaningful(self, field: str) -> BoolArray:
+        """Where a member is surely a value, by architecture and level; see state/fields.py."""
+        levels = self.column("level").values
+        arch = architecture(self._prog)
+        base = field.partition(".")[0]
+        if base in ("pt_mm", "pt_list"):
+            wanted = levels == "PGD" if arch == Architecture.X86_64 else levels != levels
+        elif base in ("pmd_huge_pte", "pt_share_count"):
+            wanted = levels == "PMD"
+        elif base == "ptl":
+            wanted = (levels == "PTE") | (levels == "PMD")
+        elif base == "pt_frag_refcount":
+            wanted = np.full(len(self), arch == Architecture.PPC64)
+        elif base in ("pt_rcu_head", "_pt_pad_1", "pt_index", "_pt_s390_gaddr"):
+            wanted = np.zeros(len(self), np.bool_)
+        else:
+            wanted = np.ones(len(self), np.bool_)
+        result: BoolArray = np.asarray(wanted, np.bool_)
+        return result
+
+    def select(
+        self,
+        conditions: Sequence[str] = (),
+        sort: str | None = None,
+        limit: int | None = None,
+    ) -> npt.NDArray[np.intp]:
+        """
+        Get the rows that meet all conditions, as indices.
+
+        :param conditions: ``COLUMN OP VALUE`` with ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``, or
+            ``&`` (any of the bits). A row without a value in the column does not meet it.
+        :param sort: A column; ``-COLUMN`` sorts the largest first. Else rows go by page frame.
+        :raises UsageError: for a malformed condition or an unknown column
+        """
+        wanted = np.ones(len(self), np.bool_)
+        for condition in conditions:
+            wanted &= self._meets(condition)
+        rows = np.flatnonzero(wanted)
+        if sort is not None:
+            keys = self.column(sort.lstrip("-")).values[rows]
+            order = np.argsort(keys, kind="stable")
+            rows = rows[order[::-1] if sort.startswith("-") else order]
+        return rows if limit is None else rows[:limit]
+
+    def _meets(self, condition: str) -> BoolArray:
+        match = _CONDITION.fullmatch(condition.strip())
+        if match is None:
+            raise UsageError(f"condition {condition!r} is not COLUMN OP VALUE, like refcount!=1")
+        name, operator, text = match.groups()
+        column = self.column(name)
+        values = column.values
+        if values.dtype.kind == "U":
+            return column.present & _compare_text(values, operator, text, condition)
+        try:
+            value = int(text, 0)
+        except ValueError:
+            raise UsageError(f"{text!r} in {condition!r} is not a number") from None
+        try:
+            operand = values.dtype.type(value)
+        except OverflowError:
+            raise UsageError(f"{text} in {condition!r} does not fit column {name}") from None
+        met: BoolArray = column.present & _OPERATORS[operator](values, operand)
+        return met
+
+
+_CONDITION = re.compile(r"([\w.:]+)\s*(!=|<=|>=|==|=|<|>|&)\s*(\S.*)")
+
+_OPERATORS: dict[str, Any] = {
+    "=": np.equal,
+    "==": np.equal,
+    "!=": np.not_equal,
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+    "&": lambda values, mask: (values & mask) != 0,
+}
+
+
+def _compare_text(values: npt.NDArray[Any], operator: str, text: str, condition: str) -> BoolArray:
+    if operator in ("=", "=="):
+        equal: BoolArray = values == text
+        return equal
+    if operator == "!=":
+        different: BoolArray = values != text
+        return different
+    if operator == "&":
+        # One of the names in a decoded flags word.
+        found: BoolArray = (
+            np.char.find(np.char.add(np.char.add("|", values), "|"), f"|{text}|") >= 0
+        )
+        return found
+    raise UsageError(f"{operator!r} in {condition!r} compares numbers, not text")
+
+
+def scan_flags(prog: Program, scan: MemmapScan) -> npt.NDArray[np.uint64]:
+    """The flag bits of every descriptor, without zone, node and section: uint64, shape (n,)."""
+    mask = np.uint64((1 << prog["__NR_PAGEFLAGS"].value_()) - 1)
+    flags: npt.NDArray[np.uint64] = scan.descriptors["pt_flags"] & mask
+    return flags
