@@ -101,7 +101,8 @@ class Listing:
         if name == "ptdesc":
             return scan.addresses
         if name == "phys":
-            return np.left_shift(scan.pfns, np.uint64(self._prog["PAGE_SHIFT"].value_()))
+            shifted: npt.NDArray[Any] = scan.pfns << np.uint64(self._prog["PAGE_SHIFT"].value_())
+            return shifted
         if name == "address":
             return direct_map_addresses(self._prog, scan.pfns)
         if name == "order":

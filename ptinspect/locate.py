@@ -126,7 +126,7 @@ def _has_pfn(ranges: list[PageRange], pfn: int) -> bool:
 
 
 def _pfn_of_page(prog: Program, ranges: list[PageRange], address: int) -> int | None:
-    size = sizeof(prog.type("struct page"))
+    size = int(sizeof(prog.type("struct page")))
     for pages in ranges:
         # An address inside a struct page, such as that of its list node, means that page.
         index = (address - pages.memmap) // size

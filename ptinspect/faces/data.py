@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from typing import TextIO
 
 from ptinspect.faces.escape import escape
@@ -32,18 +33,25 @@ def write_json(report: Report, out: TextIO) -> None:
     }
     out.write(json.dumps(head, indent=1)[:-2] + ',\n "tables": {')
     for index, table in enumerate(report.tables):
-        out.write(f"{',' if index else ''}\n  {json.dumps(table.name)}: [")
-        _write_json_rows(table, out)
-        out.write("]")
+        out.write(f"{',' if index else ''}\n  {json.dumps(table.name)}: ")
+        if table.single:
+            (row,) = table.rows
+            out.write(json.dumps(_json_record(table, row)))
+        else:
+            _write_json_rows(table, out)
     out.write("\n }\n}\n")
 
 
 def _write_json_rows(table: Table, out: TextIO) -> None:
-    separator = "\n   "
+    separator = "[\n   "
     for row in table.rows:
-        record = {c.name: _json_value(c, value) for c, value in zip(table.columns, row)}
-        out.write(separator + json.dumps(record))
+        out.write(separator + json.dumps(_json_record(table, row)))
         separator = ",\n   "
+    out.write("[]" if separator.startswith("[") else "]")
+
+
+def _json_record(table: Table, row: Sequence[Cell]) -> dict[str, Cell]:
+    return {column.name: _json_value(column, v) for column, v in zip(table.columns, row)}
 
 
 def _json_value(column: Column, value: Cell) -> Cell:
@@ -63,9 +71,9 @@ def write_csv(report: Report, out: TextIO) -> None:
             writer.writerow([_csv_value(c, value) for c, value in zip(table.columns, row)])
 
 
-def _csv_value(column: Column, value: Cell) -> int | str:
+def _csv_value(column: Column, value: Cell) -> str:
     if value is None:
         return ""
     if column.kind is Kind.HEX and isinstance(value, int):
         return f"{value:#x}"
-    return escape(value) if isinstance(value, str) else int(value)
+    return escape(value) if isinstance(value, str) else str(value)

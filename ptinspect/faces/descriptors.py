@@ -81,9 +81,32 @@ def show_report(descriptor: Descriptor, kind: AddressKind, is_tail: bool, target
         (
             Table(
                 "descriptor",
-                (Column("what"), Column("value", Kind.HEX)),
-                list(_facts(descriptor, kind)),
+                (
+                    Column("given_as"),
+                    Column("pfn", Kind.HEX),
+                    Column("ptdesc", Kind.HEX),
+                    Column("physical", Kind.HEX),
+                    Column("address", Kind.HEX),
+                    Column("typed"),
+                    Column("level"),
+                    Column("order", Kind.COUNT),
+                    Column("node", Kind.COUNT),
+                ),
+                [
+                    (
+                        kind.value,
+                        descriptor.pfn,
+                        descriptor.ptdesc,
+                        descriptor.physical,
+                        descriptor.address,
+                        descriptor.typed,
+                        descriptor.level,
+                        descriptor.order,
+                        descriptor.node,
+                    )
+                ],
                 f"Page-table descriptor ({target})",
+                single=True,
             ),
             Table(
                 "members",
@@ -101,18 +124,6 @@ def show_report(descriptor: Descriptor, kind: AddressKind, is_tail: bool, target
         ),
         notes=notes,
     )
-
-
-def _facts(descriptor: Descriptor, kind: AddressKind) -> Iterator[tuple[Cell, Cell]]:
-    yield "address given as", kind.value
-    yield "pfn", descriptor.pfn
-    yield "ptdesc", descriptor.ptdesc
-    yield "physical", descriptor.physical
-    yield "direct map", descriptor.address
-    yield "typed as page table", "yes" if descriptor.typed else "no"
-    yield "level", descriptor.level
-    yield "order", str(descriptor.order)
-    yield "node", None if descriptor.node is None else str(descriptor.node)
 
 
 def _member_row(field: Field) -> tuple[Cell, ...]:

@@ -49,17 +49,23 @@ def layout_report(layout: Layout, name: str, other: tuple[str, Layout] | None) -
         ),
         Table(
             "facts",
-            (Column("what"), Column("value")),
+            (
+                Column("struct_ptdesc"),
+                Column("ptdesc_size", Kind.COUNT),
+                Column("page_size", Kind.COUNT),
+                Column("ptdesc_fits_page"),
+                Column("ptl_slot"),
+            ),
             [
-                ("struct ptdesc", "native" if layout.native else "overlay from struct page"),
-                ("sizeof(struct ptdesc)", str(layout.ptdesc_size)),
-                ("sizeof(struct page)", str(layout.page_size)),
                 (
-                    "sizeof(struct ptdesc) <= sizeof(struct page)",
-                    "yes" if layout.size_fits else "NO",
-                ),
-                ("ptl slot", layout.ptl),
+                    "native" if layout.native else "overlay from struct page",
+                    layout.ptdesc_size,
+                    layout.page_size,
+                    layout.size_fits,
+                    layout.ptl,
+                )
             ],
+            single=True,
         ),
     ]
     if other is not None:

@@ -24,6 +24,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Column:
+    """A name and how its values are written."""
+
     name: str
     kind: Kind = Kind.TEXT
 
@@ -39,6 +41,8 @@ class Table:
     rows: Iterable[Sequence[Cell]]
     #: The heading in text; none if empty.
     title: str = ""
+    #: There is exactly one row: a name and a value on each line in text, one object in JSON.
+    single: bool = False
 
 
 @dataclass(frozen=True)

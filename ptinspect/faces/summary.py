@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ptinspect.faces.report import Cell, Column, Kind, Report, Table
-from ptinspect.records import Summary
+from ptinspect.faces.report import Column, Kind, Report, Table
+from ptinspect.records import CounterReading, Summary
 
 
 def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
@@ -39,20 +39,17 @@ def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
                 ],
                 f"Pages typed as page tables ({target})",
             ),
-            Table(
-                "accounting",
-                (Column("what"), Column("pages", Kind.COUNT)),
-                tuple(_accounting(summary)),
-                "Accounting",
-            ),
+            _accounting(summary),
+            *_counter_parts(summary.counter),
             Table(
                 "seen",
-                (Column("what"), Column("pages", Kind.COUNT)),
                 (
-                    ("struct pages scanned", summary.scanned_pages),
-                    ("struct pages that could not be read", summary.unreadable_pages),
+                    Column("struct_pages_scanned", Kind.COUNT),
+                    Column("struct_pages_unreadable", Kind.COUNT),
                 ),
+                [(summary.scanned_pages, summary.unreadable_pages)],
                 "Seen",
+                single=True,
             ),
         ),
         notes=tuple(_notes(summary, racing)),
@@ -60,20 +57,46 @@ def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
     )
 
 
-def _accounting(summary: Summary) -> Iterator[tuple[Cell, Cell]]:
-    yield "typed, as the kernel counts them", summary.counted_pages
+def _accounting(summary: Summary) -> Table:
     counter = summary.counter
+    return Table(
+        "accounting",
+        (
+            Column("typed_pages_as_counted", Kind.COUNT),
+            Column("NR_PAGETABLE_global", Kind.COUNT),
+            Column("NR_PAGETABLE_exact", Kind.COUNT),
+            Column("difference", Kind.COUNT),
+        ),
+        [
+            (
+                summary.counted_pages,
+                None if counter is None else counter.global_pages,
+                None if counter is None else counter.exact_pages,
+                summary.difference,
+            )
+        ],
+        "Accounting in pages (/proc/vmstat shows the global part)",
+        single=True,
+    )
+
+
+def _counter_parts(counter: CounterReading | None) -> Iterator[Table]:
+    """Where NR_PAGETABLE lies: what CPUs have not folded in yet, and the nodes if there are some."""
     if counter is None:
-        yield "NR_PAGETABLE", None
         return
-    yield "NR_PAGETABLE, global (as in /proc/vmstat)", counter.global_pages
-    for cpu, pages in sorted(counter.cpu_remainders.items()):
-        yield f"NR_PAGETABLE, not yet folded in by CPU {cpu}", pages
-    yield "NR_PAGETABLE, exact", counter.exact_pages
+    yield Table(
+        "cpu_remainders",
+        (Column("cpu", Kind.COUNT), Column("pages", Kind.COUNT)),
+        sorted(counter.cpu_remainders.items()),
+        "NR_PAGETABLE not yet folded in",
+    )
     if len(counter.node_pages) > 1:
-        for node, pages in sorted(counter.node_pages.items()):
-            yield f"NR_PAGETABLE, node {node}", pages
-    yield "difference", summary.difference
+        yield Table(
+            "nodes",
+            (Column("node", Kind.COUNT), Column("pages", Kind.COUNT)),
+            sorted(counter.node_pages.items()),
+            "NR_PAGETABLE by node",
+        )
 
 
 def _notes(summary: Summary, racing: bool) -> Iterator[str]:

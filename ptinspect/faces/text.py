@@ -27,6 +27,9 @@ def write_text(report: Report, out: TextIO) -> None:
 
 def _render(table: Table) -> str:
     rows = [[_cell(column, value) for column, value in zip(table.columns, r)] for r in table.rows]
+    if table.single:
+        names = [column.name.replace("_", " ") for column in table.columns]
+        return tabulate(list(zip(names, *rows)), tablefmt="plain", disable_numparse=True)
     if not rows:
         return "(none)"
     return tabulate(
@@ -43,4 +46,6 @@ def _cell(column: Column, value: Cell) -> str:
         return "-"
     if column.kind is Kind.HEX and isinstance(value, int):
         return f"{value:#x}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return escape(value) if isinstance(value, str) else str(value)

@@ -185,7 +185,10 @@ def _field(facts: _Facts, name: str) -> Field:
     member = ptdesc_type(prog).member(native_member_name(prog, name))
     columns = [c for c in facts.raw.dtype.names or () if c == name or c.startswith(name + ".")]
     raw = tuple(_as_int(facts.raw[column]) for column in columns)
-    state, text = _RULES[name](facts)
+    if not facts.typed and facts.level is None and name in _SHARED_WORDS:
+        state, text = FieldState.UNDECIDED, "the page is not typed as a page table"
+    else:
+        state, text = _RULES[name](facts)
     return Field(name, member.type.type_name(), member.offset, raw, state, text)
 
 
@@ -368,3 +371,13 @@ _RULES: dict[str, Callable[[_Facts], _Answer]] = {
 def typed_levels(prog: Program, scan: MemmapScan) -> npt.NDArray[np.str_]:
     """:func:`descriptor_levels` of all descriptors that a scan found."""
     return descriptor_levels(prog, scan.pfns, scan.descriptors, scan.orders)
+
+
+#: Members that lie over others: in a page that is no table, their bytes are somebody else's.
+_SHARED_WORDS = frozenset(_RULES) - {
+    "pt_flags",
+    "__page_mapping",
+    "__page_type",
+    "__page_refcount",
+    "pt_memcg_data",
+}
