@@ -144,3 +144,97 @@ def _read_run(
         return
     data[rows] = np.frombuffer(raw, np.uint8).reshape(len(rows), size)
     readable[rows] = True
+
+
+class BlockBatch(NamedTuple):
+    """Some consecutive ones of the blocks that were asked for."""
+
+    #: Index of the first block in the array of addresses.
+    first: int
+    #: uint8, shape (n, size); only valid until the next batch. Unreadable rows are zero.
+    data: ByteArray
+    #: bool, shape (n,); False where the block is not in the dump or went away.
+    readable: BoolArray
+
+
+def iter_blocks(
+    prog: Program,
+    addresses: AddressArray,
+    size: int,
+    *,
+    physical: bool = True,
+    batch_bytes: int = CHUNK_BYTES,
+) -> Iterator[BlockBatch]:
+    """
+    Read equally sized blocks in batches, so that memory does not grow with their number.
+
+    Blocks smaller than a page are read with the whole page around them: neighbours are then read
+    together although there are gaps between them.
+
+    :param addresses: uint64, shape (n,), ascending and without repeats; multiples of *size*.
+    :param size: Bytes in a block; a divisor or a multiple of 4096.
+    """
+    if size < SMALLEST_PAGE:
+        yield from _iter_fractions(prog, addresses, size, physical, batch_bytes)
+        return
+    per_batch = max(1, batch_bytes // size)
+    buffer = np.empty((min(per_batch, len(addresses)), size), np.uint8)
+    for first in range(0, len(addresses), per_batch):
+        wanted = addresses[first : first + per_batch]
+        count = len(wanted)
+        breaks = np.flatnonzero(np.diff(wanted) != size) + 1
+        if not len(breaks):
+            try:
+                raw = prog.read(int(wanted[0]), size * count, physical)
+            except FaultError:
+                pass
+            else:
+                data = np.frombuffer(raw, np.uint8).reshape(count, size)
+                yield BlockBatch(first, data, np.ones(count, np.bool_))
+                continue
+        readable = np.ones(count, np.bool_)
+        bounds = [0, *breaks.tolist(), count]
+        starts = wanted[bounds[:-1]].tolist()
+        for address, begin, end in zip(starts, bounds[:-1], bounds[1:]):
+            _fill(prog, address, physical, buffer[begin:end], readable[begin:end])
+        yield BlockBatch(first, buffer[:count], readable)
+
+
+def _fill(
+    prog: Program, address: int, physical: bool, data: ByteArray, readable: BoolArray
+) -> None:
+    """Read adjacent blocks into *data*, halving the run until what faults stands alone."""
+    try:
+        raw = prog.read(address, data.size, physical)
+    except FaultError:
+        count, size = data.shape
+        if count == 1:
+            data[:] = 0
+            readable[:] = False
+            return
+        half = count // 2
+        _fill(prog, address, physical, data[:half], readable[:half])
+        _fill(prog, address + half * size, physical, data[half:], readable[half:])
+        return
+    data.reshape(-1)[:] = np.frombuffer(raw, np.uint8)
+
+
+def _iter_fractions(
+    prog: Program, addresses: AddressArray, size: int, physical: bool, batch_bytes: int
+) -> Iterator[BlockBatch]:
+    page_of = addresses // np.uint64(SMALLEST_PAGE)
+    new_page = np.ones(len(addresses), np.bool_)
+    new_page[1:] = page_of[1:] != page_of[:-1]
+    firsts = np.flatnonzero(new_page)
+    ends = np.append(firsts[1:], len(addresses))
+    pages = page_of[firsts] * np.uint64(SMALLEST_PAGE)
+    part = (addresses % np.uint64(SMALLEST_PAGE) // np.uint64(size)).astype(np.intp)
+    page_row = np.cumsum(new_page) - 1
+    for batch in iter_blocks(
+        prog, pages, SMALLEST_PAGE, physical=physical, batch_bytes=batch_bytes
+    ):
+        first = int(firsts[batch.first])
+        end = int(ends[batch.first + len(batch.data) - 1])
+        rows = page_row[first:end] - batch.first
+        data = batch.data.reshape(len(batch.data), -1, size)[rows, part[first:end]]
+        yield BlockBatch(first, data, batch.readable[rows])

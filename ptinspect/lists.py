@@ -1,0 +1,127 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+One way to walk a kernel's doubly linked lists: bounded, cycle-safe, every link checked.
+
+A list is data that may be wrong, and on a live target it changes underfoot. The walk keeps what it
+saw up to the break, and says where and how the list breaks.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import Enum
+
+from drgn import FaultError, Object, PlatformFlags, Program
+
+#: More nodes than any list of page tables or tasks has.
+LIST_LIMIT = 1 << 24
+
+#: LIST_POISON1 and LIST_POISON2 without the architecture's offset, which is far above both.
+_POISONS = (0x100, 0x122)
+_POISON_OFFSETS = (0, 0xDEAD000000000000, 0x5DEADBEEF0000000)
+_POISONED = frozenset(offset + poison for offset in _POISON_OFFSETS for poison in _POISONS)
+
+
+class BreakReason(Enum):
+    """How a list is broken."""
+
+    UNREADABLE = "the next node cannot be read"
+    NULL = "the link is NULL"
+    POISON = "the link is a list poison: the node was deleted"
+    BACK_LINK = "the next node does not point back"
+    CYCLE = "the list comes back to a node other than its head"
+    LIMIT = "the list is longer than the limit"
+
+
+@dataclass(frozen=True)
+class ListBreak:
+    """Where a list breaks."""
+
+    reason: BreakReason
+    #: Address of the last good node (or the head).
+    node: int
+    #: What its ``next`` says.
+    next: int
+    #: What that node's ``prev`` says, if it could be read.
+    prev: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.reason.value}: node {self.node:#x}, next {self.next:#x}"
+        return text if self.prev is None else f"{text}, its prev {self.prev:#x}"
+
+
+@dataclass(frozen=True)
+class ListWalk:
+    """The nodes of a list up to its end or its break."""
+
+    #: Address of the head.
+    head: int
+    #: Addresses of the embedded ``struct list_head``, in order, without the head.
+    nodes: tuple[int, ...]
+    #: ``None`` if the list is whole.
+    broken: ListBreak | None
+
+
+def walk_list(head: Object, *, limit: int = LIST_LIMIT, back_links: bool = True) -> ListWalk:
+    """
+    Walk a list from its head.
+
+    :param head: ``struct list_head *``
+    :param limit: Nodes after which the list counts as broken.
+    :param back_links: Whether ``prev`` must point back; not so for RCU-protected lists, whose
+        deleted nodes keep their ``next`` while ``prev`` is poisoned.
+    """
+    return walk_list_at(head.prog_, head.value_(), limit=limit, back_links=back_links)
+
+
+def walk_list_at(
+    prog: Program, head: int, *, limit: int = LIST_LIMIT, back_links: bool = True
+) -> ListWalk:
+    """Walk a list from the address of its head; see :func:`walk_list`."""
+    links = _link_format(prog)
+    nodes: list[int] = []
+    seen = {head}
+    here = head
+    try:
+        following = links.unpack(prog.read(head, links.size))[0]
+    except FaultError:
+        return ListWalk(head, (), ListBreak(BreakReason.UNREADABLE, head, head))
+    while True:
+        problem, after, prev = _step(prog, links, following)
+        if problem is None and back_links and prev != here:
+            problem = BreakReason.BACK_LINK
+        if problem is None and following != head and following in seen:
+            problem = BreakReason.CYCLE
+        if problem is None and following != head and len(nodes) >= limit:
+            problem = BreakReason.LIMIT
+        if problem is not None:
+            return ListWalk(head, tuple(nodes), ListBreak(problem, here, following, prev))
+        if following == head:
+            return ListWalk(head, tuple(nodes), None)
+        nodes.append(following)
+        seen.add(following)
+        here, following = following, after
+
+
+def _step(
+    prog: Program, links: struct.Struct, node: int
+) -> tuple[BreakReason | None, int, int | None]:
+    """Read a node: a problem with it if any, its ``next``, its ``prev``."""
+    if not node:
+        return BreakReason.NULL, 0, None
+    if node in _POISONED:
+        return BreakReason.POISON, 0, None
+    try:
+        after, prev = links.unpack(prog.read(node, links.size))
+    except FaultError:
+        return BreakReason.UNREADABLE, 0, None
+    return None, after, prev
+
+
+def _link_format(prog: Program) -> struct.Struct:
+    platform = prog.platform
+    assert platform is not None
+    little = bool(platform.flags & PlatformFlags.IS_LITTLE_ENDIAN)
+    return struct.Struct("<QQ" if little else ">QQ")

@@ -1,0 +1,226 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An address space as merged ranges, with page sizes and the permissions of the whole path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import Program
+
+from ptinspect.kernel.paging.model import EntryClass, Paging, Permission
+from ptinspect.memory import AddressArray, iter_blocks
+from ptinspect.tables.entries import filled_entries, raw_entries
+from ptinspect.tables.physical import PhysicalRanges
+from ptinspect.tables.spaces import Space
+from ptinspect.tables.walk import RowState, Tables, walk_spaces
+
+#: What a range can be.
+_SHOWN = (
+    EntryClass.LEAF,
+    EntryClass.PROT_NONE,
+    EntryClass.SWAP,
+    EntryClass.MIGRATION,
+    EntryClass.MARKER,
+    EntryClass.SPECIAL,
+    EntryClass.BAD,
+)
+
+
+@dataclass(frozen=True)
+class AddressRange:
+    """Neighbouring entries of one level that are alike."""
+
+    #: First address, and the address behind the last; ``1 << 64`` at the end of address space.
+    start: int
+    end: int
+    #: Index into the levels of the paging.
+    level: int
+    kind: EntryClass
+    #: Of the whole path; for what maps memory.
+    permissions: Permission
+    #: Size of the mappings; larger than an entry's where contiguous entries are joined.
+    page_bytes: int
+    #: Names of :attr:`Paging.attributes` that are set.
+    attributes: tuple[str, ...]
+    #: Where the first byte lies; the rest need not follow it. ``None`` for what maps no memory.
+    physical: int | None
+
+
+@dataclass(frozen=True)
+class UnseenRange:
+    """Part of an address space whose table could not be followed."""
+
+    start: int
+    end: int
+    #: Level of the table.
+    level: int
+    state: RowState
+
+
+@dataclass(frozen=True)
+class SpaceMap:
+    """The ranges of one address space, in order of address."""
+
+    space: Space
+    ranges: tuple[AddressRange, ...]
+    unseen: tuple[UnseenRange, ...]
+
+
+class _Part(NamedTuple):
+    """Ranges found in one batch of tables; arrays of the same length."""
+
+    start: AddressArray
+    entries: npt.NDArray[np.int64]
+    level: npt.NDArray[np.uint8]
+    kind: npt.NDArray[np.uint8]
+    permissions: npt.NDArray[np.uint8]
+    page_bytes: npt.NDArray[np.uint64]
+    attributes: npt.NDArray[np.uint64]
+    physical: AddressArray
+
+
+def map_space(
+    prog: Program,
+    paging: Paging,
+    space: Space,
+    *,
+    kinds: Sequence[EntryClass] = _SHOWN,
+    memory: PhysicalRanges | None = None,
+) -> SpaceMap:
+    """
+    Get an address space as ranges.
+
+    Neighbouring entries are joined if level, class, permissions of the whole path, page size and
+    attributes are the same; where they lie in physical memory does not matter.
+
+    :param kinds: Which entries to show.
+    """
+    tables = walk_spaces(prog, paging, [space], leaf_counts=False, memory=memory)
+    parts: list[_Part] = []
+    for level in range(len(paging.levels)):
+        parts.extend(_level_parts(prog, tables, level, kinds))
+    joined = _join(paging, parts)
+    unseen = tuple(_unseen(tables))
+    return SpaceMap(space, tuple(_records(paging, joined)), unseen)
+
+
+def _level_parts(
+    prog: Program, tables: Tables, level: int, kinds: Sequence[EntryClass]
+) -> Iterator[_Part]:
+    paging = tables.paging
+    space = tables.spaces[0]
+    # A table that is reached twice in a space is shown at each place.
+    followed = np.where(tables.first >= 0, tables.first, np.arange(len(tables)))
+    readable = np.isin(tables.state, (RowState.READ, RowState.NOT_READ))
+    rows = np.flatnonzero((tables.level == level) & readable[followed])
+    if level:
+        rows = rows[tables.counts[rows][:, list(kinds)].any(axis=1)]
+    addresses, inverse = np.unique(tables.address[rows], return_inverse=True)
+    by_address = np.argsort(inverse, kind="stable")
+    ordered = inverse[by_address]
+    for batch in iter_blocks(prog, addresses, paging.levels[level].table_bytes):
+        begin = np.searchsorted(ordered, batch.first)
+        end = np.searchsorted(ordered, batch.first + len(batch.data))
+        here = rows[by_address[begin:end]]
+        which = ordered[begin:end] - batch.first
+        here, which = here[batch.readable[which]], which[batch.readable[which]]
+        entries = filled_entries(paging, raw_entries(batch.data)[which], level)
+        kind = entries.kind
+        if space.kernel:
+            swap_like = (kind > EntryClass.PROT_NONE) & (kind < EntryClass.BAD)
+            kind = np.where(swap_like, np.uint8(EntryClass.PROT_NONE), kind)
+        wanted = np.isin(kind, kinds)
+        if level == space.root.level:
+            wanted &= _own(entries.slot, space)
+        row, slot = here[entries.row[wanted]], entries.slot[wanted]
+        value, kind = entries.value[wanted], kind[wanted]
+        va = tables.va[row] + (slot.astype(np.uint64) << np.uint64(paging.levels[level].shift))
+        mapping = np.isin(kind, (EntryClass.LEAF, EntryClass.PROT_NONE))
+        permissions = paging.permissions(value, level, leaf=True) & tables.permissions[row]
+        mask = np.uint64(sum(attribute.mask for attribute in paging.attributes))
+        span = np.uint64(paging.levels[level].entry_span)
+        yield _merge(
+            _Part(
+                paging.canonical(va),
+                np.ones(len(va), np.int64),
+                np.full(len(va), level, np.uint8),
+                kind,
+                np.where(mapping, permissions, np.uint8(0)),
+                np.where(mapping, paging.leaf_bytes(value, level), span),
+                np.where(mapping, value & mask, np.uint64(0)),
+                np.where(mapping, paging.leaf_targets(value, level, slot), np.uint64(0)),
+            ),
+            paging,
+        )
+
+
+def _own(slots: npt.NDArray[np.int64], space: Space) -> npt.NDArray[np.bool_]:
+    own = np.zeros(len(slots), np.bool_)
+    for begin, end in space.root.entries:
+        own |= (slots >= begin) & (slots < end)
+    return own
+
+
+def _merge(part: _Part, paging: Paging) -> _Part:
+    """Sort by address and join neighbours that are alike."""
+    if not len(part.start):
+        return part
+    order = np.argsort(part.start, kind="stable")
+    part = _Part(*(column[order] for column in part))
+    shifts = np.array([level.shift for level in paging.levels], np.uint64)
+    span = part.entries.astype(np.uint64) << shifts[part.level]
+    alike = part.start[1:] == part.start[:-1] + span[:-1]
+    for name in ("level", "kind", "permissions", "page_bytes", "attributes"):
+        column = getattr(part, name)
+        alike &= column[1:] == column[:-1]
+    first = np.flatnonzero(np.append(True, ~alike))
+    joined = {name: getattr(part, name)[first] for name in _Part._fields}
+    joined["entries"] = np.add.reduceat(part.entries, first)
+    return _Part(**joined)
+
+
+def _join(paging: Paging, parts: list[_Part]) -> _Part | None:
+    if not parts:
+        return None
+    columns = (np.concatenate([getattr(p, name) for p in parts]) for name in _Part._fields)
+    return _merge(_Part(*columns), paging)
+
+
+def _records(paging: Paging, part: _Part | None) -> Iterator[AddressRange]:
+    if part is None:
+        return
+    for n in range(len(part.start)):
+        level, kind = int(part.level[n]), EntryClass(int(part.kind[n]))
+        start = int(part.start[n])
+        attributes = int(part.attributes[n])
+        yield AddressRange(
+            start=start,
+            end=start + (int(part.entries[n]) << paging.levels[level].shift),
+            level=level,
+            kind=kind,
+            permissions=Permission(int(part.permissions[n])),
+            page_bytes=int(part.page_bytes[n]),
+            attributes=tuple(a.name for a in paging.attributes if attributes & a.mask),
+            physical=int(part.physical[n])
+            if kind in (EntryClass.LEAF, EntryClass.PROT_NONE)
+            else None,
+        )
+
+
+def _unseen(tables: Tables) -> Iterator[UnseenRange]:
+    followed = np.where(tables.first >= 0, tables.first, np.arange(len(tables)))
+    state = tables.state[followed]
+    lost = np.isin(state, (RowState.UNREADABLE, RowState.OUTSIDE, RowState.CYCLE))
+    rows = np.flatnonzero(lost)
+    for row in rows[np.argsort(tables.va[rows], kind="stable")].tolist():
+        level = int(tables.level[row])
+        shape = tables.paging.levels[level]
+        start = int(tables.va[row])
+        yield UnseenRange(
+            start, start + (shape.entries << shape.shift), level, RowState(int(state[row]))
+        )

@@ -1,0 +1,442 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+All tables of address spaces, level by level, many spaces at once.
+
+The tables of one level are read in order of their addresses, adjacent ones together, in batches of
+bounded size. What cannot be followed is recorded in the row of the table and ends there: memory
+that cannot be read, entries that point outside memory, a table that is its own ancestor, a table
+that was reached before. As each table is followed only once per level, the walk ends on any
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import Program
+
+from ptinspect.kernel.paging.model import (
+    ALL_PERMISSIONS,
+    EntryArray,
+    EntryClass,
+    Paging,
+    PermissionArray,
+)
+from ptinspect.memory import AddressArray, BoolArray, iter_blocks
+from ptinspect.tables.entries import (
+    CLASSES,
+    CountArray,
+    Entries,
+    count_entries,
+    filled_entries,
+    raw_entries,
+    tally,
+)
+from ptinspect.tables.physical import PhysicalRanges
+from ptinspect.tables.spaces import Space
+
+RowArray = npt.NDArray[np.int32]
+
+#: Classes that a non-present entry of a kernel space cannot mean: kernel memory is not swapped.
+_SWAP_LIKE = np.array(
+    [EntryClass.SWAP, EntryClass.MIGRATION, EntryClass.MARKER, EntryClass.SPECIAL], np.intp
+)
+
+#: Called now and then with (tables read, tables known so far).
+Progress = Callable[[int, int], None]
+
+#: Called with rows of tables and their raw entries, shape (n, entries), valid during the call.
+Visitor = Callable[[RowArray, EntryArray], None]
+
+
+class RowState(IntEnum):
+    """How far the walk went at one table."""
+
+    #: Its entries were read and counted.
+    READ = 0
+    #: A table of the lowest level, whose entries were not asked for.
+    NOT_READ = 1
+    #: Its memory is not in the dump, or went away.
+    UNREADABLE = 2
+    #: It lies outside the target's memory.
+    OUTSIDE = 3
+    #: The same table was reached before at this level; what is below it belongs to that row.
+    SHARED = 4
+    #: It is one of its own ancestors.
+    CYCLE = 5
+
+
+@dataclass(frozen=True)
+class Tables:
+    """
+    The tables that a walk reached: NumPy columns, one row for each time a table is reached.
+
+    Rows are in order of level, from the roots down, then of space, then of virtual address.
+    """
+
+    paging: Paging
+    spaces: tuple[Space, ...]
+    #: uint32, index into :attr:`spaces`.
+    space: npt.NDArray[np.uint32]
+    #: uint8, index into the levels of :attr:`paging`.
+    level: npt.NDArray[np.uint8]
+    #: uint8, :class:`RowState`.
+    state: npt.NDArray[np.uint8]
+    #: uint64, physical address of the table.
+    address: AddressArray
+    #: uint64, first virtual address that the table translates.
+    va: AddressArray
+    #: int32, row of the table that points here, or -1 for a root.
+    parent: RowArray
+    #: uint16, index of the entry in the parent that points here.
+    index: npt.NDArray[np.uint16]
+    #: uint8, :class:`~ptinspect.kernel.paging.Permission` of the path down to this table.
+    permissions: PermissionArray
+    #: int32, for SHARED rows the row that was followed instead, else -1.
+    first: RowArray
+    #: uint16, shape (n, classes): entries by :class:`~ptinspect.kernel.paging.EntryClass`.
+    #: SHARED rows repeat the counts of the row that was read. Roots count their own part only.
+    counts: CountArray
+
+    def __len__(self) -> int:
+        return len(self.space)
+
+    @property
+    def entry_address(self) -> AddressArray:
+        """uint64, physical address of the entry that points to each table; 0 for roots."""
+        known = self.parent >= 0
+        above = self.address[np.where(known, self.parent, 0)]
+        entries: AddressArray = above + self.index.astype(np.uint64) * np.uint64(8)
+        entries[~known] = 0
+        return entries
+
+    @property
+    def table_bytes(self) -> npt.NDArray[np.int64]:
+        """int64, size of each table."""
+        sizes = np.array([level.table_bytes for level in self.paging.levels], np.int64)
+        each: npt.NDArray[np.int64] = sizes[self.level]
+        return each
+
+    @property
+    def counted(self) -> BoolArray:
+        """bool, whether the counts of each row tell anything."""
+        seen: BoolArray = self.state == RowState.READ
+        shared = self.first >= 0
+        seen[shared] = self.state[self.first[shared]] == RowState.READ
+        return seen
+
+    @property
+    def complete(self) -> bool:
+        """Whether every table that an entry points to was read or was not asked for."""
+        return not np.isin(self.state, (RowState.UNREADABLE, RowState.OUTSIDE)).any()
+
+    def rows_of_space(self, space: int) -> npt.NDArray[np.intp]:
+        """Get the rows of one space, from the root down."""
+        return np.flatnonzero(self.space == space)
+
+    def nbytes(self) -> int:
+        """Bytes that the columns take."""
+        columns = (c for c in vars(self).values() if isinstance(c, np.ndarray))
+        return sum(column.nbytes for column in columns)
+
+
+class _Frontier(NamedTuple):
+    """Tables of one level that are to be looked at."""
+
+    space: npt.NDArray[np.uint32]
+    address: AddressArray
+    va: AddressArray
+    parent: RowArray
+    slot: npt.NDArray[np.uint16]
+    permissions: PermissionArray
+
+
+class _Children(NamedTuple):
+    """What TABLE entries of one batch point to; ``row`` is the row within the level above."""
+
+    row: npt.NDArray[np.int64]
+    #: Position among the children of the same table.
+    rank: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.uint16]
+    address: AddressArray
+    permissions: PermissionArray
+
+
+def walk_spaces(
+    prog: Program,
+    paging: Paging,
+    spaces: Sequence[Space],
+    *,
+    leaf_counts: bool = True,
+    memory: PhysicalRanges | None = None,
+    progress: Progress | None = None,
+    visitor: Visitor | None = None,
+) -> Tables:
+    """
+    Walk all tables of all spaces.
+
+    A table that several spaces reach is followed for the first of them, so the kernel's space
+    should come before those that share its tables.
+
+    :param leaf_counts: Whether to read the tables of the lowest level, which are most of all.
+    :param memory: Where the target has memory; entries that point elsewhere are marked.
+    :param visitor: Is shown the raw entries of each table that is read at the lowest level.
+    """
+    walker = _Walker(prog, paging, spaces, leaf_counts, memory, progress, visitor)
+    return walker.walk()
+
+
+class _Walker:
+    def __init__(
+        self,
+        prog: Program,
+        paging: Paging,
+        spaces: Sequence[Space],
+        leaf_counts: bool,
+        memory: PhysicalRanges | None,
+        progress: Progress | None,
+        visitor: Visitor | None,
+    ) -> None:
+        self._prog = prog
+        self._paging = paging
+        self._spaces = tuple(spaces)
+        self._leaf_counts = leaf_counts
+        self._memory = memory
+        self._progress = progress
+        self._visitor = visitor
+        self._is_kernel = np.array([space.kernel for space in spaces], np.bool_)
+        self._root_index: npt.NDArray[np.int64] = np.arange(0)
+        self._done = 0
+        self._first_row = 0
+        #: Columns of finished levels, from the top.
+        self._levels: list[dict[str, npt.NDArray[Any]]] = []
+
+    def walk(self) -> Tables:
+        frontier: _Frontier | None = None
+        for level in reversed(range(len(self._paging.levels))):
+            frontier = self._with_roots(frontier, level)
+            frontier = self._walk_level(frontier, level)
+        columns = {
+            name: np.concatenate([part[name] for part in self._levels]) for name in self._levels[0]
+        }
+        self._levels.clear()
+        return Tables(self._paging, self._spaces, **columns)
+
+    def _with_roots(self, frontier: _Frontier | None, level: int) -> _Frontier:
+        numbers = [n for n, space in enumerate(self._spaces) if space.root.level == level]
+        roots = _Frontier(
+            space=np.array(numbers, np.uint32),
+            address=np.array([self._spaces[n].root.address for n in numbers], np.uint64),
+            va=np.array([self._spaces[n].root.base for n in numbers], np.uint64),
+            parent=np.full(len(numbers), -1, np.int32),
+            slot=np.zeros(len(numbers), np.uint16),
+            permissions=np.full(len(numbers), int(ALL_PERMISSIONS), np.uint8),
+        )
+        if frontier is None or not len(frontier.space):
+            return roots
+        if not len(numbers):
+            return frontier
+        order = np.argsort(np.concatenate((frontier.space, roots.space)), kind="stable")
+        columns = (
+            np.concatenate((getattr(frontier, name), getattr(roots, name)))[order]
+            for name in _Frontier._fields
+        )
+        return _Frontier(*columns)
+
+    def _walk_level(self, frontier: _Frontier, level: int) -> _Frontier:
+        count = len(frontier.space)
+        state = np.full(count, RowState.READ, np.uint8)
+        first = np.full(count, -1, np.int32)
+        counts = np.zeros((count, CLASSES), np.uint16)
+        self._mark_cycles(frontier, state)
+        if self._memory is not None:
+            size = self._paging.levels[level].table_bytes
+            state[~self._memory.contain(frontier.address, size)] = RowState.OUTSIDE
+        rows = self._mark_shared(frontier, state, first)
+        children: list[_Children] = []
+        if level or self._leaf_counts:
+            children = self._read_tables(frontier, level, rows, state, counts)
+        else:
+            state[rows] = RowState.NOT_READ
+        shared = np.flatnonzero(first >= 0)
+        counts[shared] = counts[first[shared]]
+        first[shared] += self._first_row
+        self._levels.append(
+            {
+                "space": frontier.space,
+                "level": np.full(count, level, np.uint8),
+                "state": state,
+                "address": frontier.address,
+                "va": frontier.va,
+                "parent": frontier.parent,
+                "index": frontier.slot,
+                "permissions": frontier.permissions,
+                "first": first,
+                "counts": counts,
+            }
+        )
+        below = self._collect(frontier, level, children)
+        self._first_row += count
+        return below
+
+    def _mark_cycles(self, frontier: _Frontier, state: npt.NDArray[np.uint8]) -> None:
+        """Mark the tables that are among their own ancestors."""
+        above = frontier.parent
+        base = self._first_row
+        for columns in reversed(self._levels):
+            base -= len(columns["address"])
+            known = above >= base
+            here = np.where(known, above - base, 0)
+            if not known.any():
+                # Roots only; those of a lower level have nothing above them.
+                continue
+            state[known & (columns["address"][here] == frontier.address)] = RowState.CYCLE
+            above = np.where(known, columns["parent"][here], above)
+
+    def _mark_shared(
+        self, frontier: _Frontier, state: npt.NDArray[np.uint8], first: RowArray
+    ) -> npt.NDArray[np.intp]:
+        """
+        Mark tables that were reached before, and get the rows to read, in order of address.
+        """
+        usable = np.flatnonzero(state == RowState.READ)
+        addresses = frontier.address[usable]
+        order = np.argsort(addresses, kind="stable")
+        ordered = addresses[order]
+        new = np.ones(len(ordered), np.bool_)
+        new[1:] = ordered[1:] != ordered[:-1]
+        leaders = usable[order[new]]
+        if len(leaders) != len(usable):
+            # The sort is stable: of each group the first is the one that comes first in the rows.
+            again = usable[order[~new]]
+            state[again] = RowState.SHARED
+            first[again] = leaders[np.cumsum(new)[~new] - 1]
+        return leaders
+
+    def _read_tables(
+        self,
+        frontier: _Frontier,
+        level: int,
+        rows: npt.NDArray[np.intp],
+        state: npt.NDArray[np.uint8],
+        counts: CountArray,
+    ) -> list[_Children]:
+        children = []
+        size = self._paging.levels[level].table_bytes
+        roots = frontier.parent[rows] < 0
+        kernel = self._is_kernel[frontier.space[rows]]
+        for batch in iter_blocks(self._prog, frontier.address[rows], size):
+            place = slice(batch.first, batch.first + len(batch.data))
+            here = rows[place]
+            raw = raw_entries(batch.data)
+            if not batch.readable.all():
+                state[here[~batch.readable]] = RowState.UNREADABLE
+                here, raw = here[batch.readable], raw[batch.readable]
+            foreign: npt.NDArray[np.int64] | None = None
+            if roots[place].any():
+                raw, foreign = self._only_own_entries(frontier, level, here, raw)
+            if level:
+                entries = filled_entries(self._paging, raw, level)
+                counts[here] = tally(entries, len(here), raw.shape[1])
+                children.append(self._children(frontier, level, here, entries))
+            else:
+                counts[here] = count_entries(self._paging, raw, 0)
+                if self._visitor is not None:
+                    self._visitor((here + self._first_row).astype(np.int32), raw)
+            if foreign is not None:
+                counts[here, EntryClass.NONE] -= foreign.astype(np.uint16)
+            if kernel[place].any():
+                _hide_swap(counts, here[self._is_kernel[frontier.space[here]]])
+            self._done += len(batch.data)
+            if self._progress is not None:
+                self._progress(self._done, self._first_row + len(frontier.space))
+        return children
+
+    def _only_own_entries(
+        self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], raw: EntryArray
+    ) -> tuple[EntryArray, npt.NDArray[np.int64]]:
+        """Blank the entries of roots that belong to another space, and tell how many they are."""
+        raw = raw.copy()
+        blanked = np.zeros(len(raw), np.int64)
+        entries = raw.shape[1]
+        by_ranges: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for place in np.flatnonzero(frontier.parent[rows] < 0).tolist():
+            own = self._spaces[int(frontier.space[rows[place]])].root.entries
+            by_ranges.setdefault(own, []).append(place)
+        for ranges, places in by_ranges.items():
+            foreign = np.ones(entries, np.bool_)
+            for begin, end in ranges:
+                foreign[begin:end] = False
+            if foreign.any():
+                empty = self._paging.raw_constant(self._paging.levels[level].empty)
+                raw[np.ix_(np.array(places), np.flatnonzero(foreign))] = empty
+                blanked[places] = np.count_nonzero(foreign)
+        return raw, blanked
+
+    def _children(
+        self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], entries: Entries
+    ) -> _Children:
+        table = entries.kind == EntryClass.TABLE
+        row, slot, values = entries.row[table], entries.slot[table], entries.value[table]
+        # Entries come in order of their table.
+        starts = np.searchsorted(row, np.arange(len(rows)))
+        parents = rows[row]
+        return _Children(
+            row=parents,
+            rank=np.arange(len(row)) - starts[row],
+            slot=slot.astype(np.uint16),
+            address=self._paging.table_targets(values, level),
+            permissions=frontier.permissions[parents]
+            & self._paging.permissions(values, level, leaf=False),
+        )
+
+    def _collect(self, frontier: _Frontier, level: int, parts: list[_Children]) -> _Frontier:
+        """Put the children of a level into the order of their parents."""
+        if not parts:
+            parts = [
+                _Children(
+                    np.empty(0, np.int64),
+                    np.empty(0, np.int64),
+                    np.empty(0, np.uint16),
+                    np.empty(0, np.uint64),
+                    np.empty(0, np.uint8),
+                )
+            ]
+        row = np.concatenate([part.row for part in parts])
+        per_parent = np.bincount(row, minlength=len(frontier.space))
+        starts = np.cumsum(per_parent) - per_parent
+        place = starts[row] + np.concatenate([part.rank for part in parts])
+
+        def placed(column: str) -> npt.NDArray[Any]:
+            values = np.concatenate([getattr(part, column) for part in parts])
+            result = np.empty_like(values)
+            result[place] = values
+            return result
+
+        ordered_row = np.empty_like(row)
+        ordered_row[place] = row
+        slot = placed("slot")
+        span = np.uint64(self._paging.levels[level].shift)
+        va = frontier.va[ordered_row] + (slot.astype(np.uint64) << span)
+        return _Frontier(
+            space=frontier.space[ordered_row],
+            address=placed("address"),
+            va=self._paging.canonical(va),
+            parent=(ordered_row + self._first_row).astype(np.int32),
+            slot=slot,
+            permissions=placed("permissions"),
+        )
+
+
+def _hide_swap(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
+    """Count non-present entries of kernel tables as hidden pages."""
+    counts[rows, EntryClass.PROT_NONE] += counts[np.ix_(rows, _SWAP_LIKE)].sum(
+        axis=1, dtype=np.uint16
+    )
+    counts[np.ix_(rows, _SWAP_LIKE)] = 0
