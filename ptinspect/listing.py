@@ -196,6 +196,8 @@ class Listing:
         column = self.column(name)
         values = column.values
         if values.dtype.kind == "U":
+            if operator == "&" and flags_bit(self._prog, text) is None:
+                raise UsageError(f"this kernel has no page flag {text!r}")
             return column.present & _compare_text(values, operator, text, condition)
         try:
             value = int(text, 0)

@@ -63,8 +63,8 @@ def _accounting(summary: Summary) -> Table:
         "accounting",
         (
             Column("typed_pages_as_counted", Kind.COUNT),
-            Column("NR_PAGETABLE_global", Kind.COUNT),
-            Column("NR_PAGETABLE_exact", Kind.COUNT),
+            Column("nr_pagetable_global", Kind.COUNT),
+            Column("nr_pagetable_exact", Kind.COUNT),
             Column("difference", Kind.COUNT),
         ),
         [
@@ -81,7 +81,7 @@ def _accounting(summary: Summary) -> Table:
 
 
 def _counter_parts(counter: CounterReading | None) -> Iterator[Table]:
-    """Where NR_PAGETABLE lies: what CPUs have not folded in yet, and the nodes if there are some."""
+    """Where NR_PAGETABLE lies: what CPUs have not folded in yet, and the nodes."""
     if counter is None:
         return
     yield Table(
