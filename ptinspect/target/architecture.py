@@ -20,7 +20,7 @@ class TargetArchitecture:
     machine: int
     drgn: Architecture
     little_endian: bool
-    #: Names in ``uname -m``, QMP's query-target and Debian.
+    #: Other names that users know it by.
     aliases: tuple[str, ...] = ()
 
     @property
@@ -34,10 +34,10 @@ class TargetArchitecture:
 
 SUPPORTED = (
     TargetArchitecture("x86_64", 62, Architecture.X86_64, True, ("amd64",)),
-    TargetArchitecture("s390x", 22, Architecture.S390X, False, ("s390",)),
-    TargetArchitecture("ppc64le", 21, Architecture.PPC64, True, ("ppc64", "ppc64el", "powerpc")),
+    TargetArchitecture("s390x", 22, Architecture.S390X, False),
+    TargetArchitecture("ppc64le", 21, Architecture.PPC64, True, ("ppc64el",)),
     TargetArchitecture("aarch64", 183, Architecture.AARCH64, True, ("arm64",)),
-    TargetArchitecture("riscv64", 243, Architecture.RISCV64, True, ("riscv",)),
+    TargetArchitecture("riscv64", 243, Architecture.RISCV64, True),
 )
 
 #: Names of machines that are refused, by e_machine, so that the refusal can name them.
@@ -57,16 +57,17 @@ def supported_names() -> str:
     return ", ".join(architecture.name for architecture in SUPPORTED)
 
 
-def by_name(name: str) -> TargetArchitecture:
+def by_name(name: str, what: str = "--architecture") -> TargetArchitecture:
     """
-    Find an architecture by what a user, a kernel or QEMU calls it.
+    Find an architecture by what a user or a kernel calls it.
 
+    :param what: Where the name is from, for the message.
     :raises TargetError: if it is not supported
     """
     for architecture in SUPPORTED:
         if name.lower() == architecture.name or name.lower() in architecture.aliases:
             return architecture
-    raise TargetError(f"unsupported architecture {name!r} (supported: {supported_names()})")
+    raise TargetError(f"{what}: unsupported architecture {name!r} (supported: {supported_names()})")
 
 
 def by_platform(platform: Platform) -> TargetArchitecture:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 MAGIC = b"\x7fELF"
 HEADER_BYTES = 64
 
+EM_PPC64 = 21
+
 ET_REL = 1
 ET_CORE = 4
 PT_LOAD = 1
@@ -204,7 +206,10 @@ def _read_sections(
     headers = list(entry.iter_unpack(table))
     names = b""
     if shstrndx < len(headers):
-        names = os.pread(fd, min(headers[shstrndx][5], 1 << 20), headers[shstrndx][4])
+        offset, size = headers[shstrndx][4:6]
+        # QEMU 7.2 writes the only section of a big-endian dump in little-endian order.
+        if offset + size <= os.fstat(fd).st_size:
+            names = os.pread(fd, size, offset)
     return tuple(
         Section(
             names[name : max(name, names.find(b"\0", name))].decode("ascii", "replace"),

@@ -72,7 +72,8 @@ def _attach(
     if note is not None:
         prog = recovery.with_note(prog, found, note, live=True)
     elif not prog.flags & ProgramFlags.IS_LINUX_KERNEL:
-        prog, how = recovery.recover(name, prog, found, _ram_ranges(connection), live=True)
+        text, how = recovery.find_note(name, prog, found, _ram_ranges(connection))
+        prog = recovery.with_note(prog, found, text, live=True)
         notes = (how,)
     return Target(prog, TargetKind.QEMU, name, racing=True, notes=notes)
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from drgn import Program
 
+#: A note about a dump that says of itself that it was cut.
+INCOMPLETE = "incomplete dump: makedumpfile ran out of space, so memory is missing"
+
 
 @dataclass(frozen=True)
 class TargetOptions:

@@ -27,36 +27,41 @@ def with_note(base: Program, architecture: TargetArchitecture, note: bytes, live
         raise TargetError(f"VMCOREINFO: {error}") from None
 
 
-def recover(
+def find_note(
     name: str,
     base: Program,
     architecture: TargetArchitecture,
     ranges: Sequence[tuple[int, int]],
-    live: bool,
-) -> tuple[Program, str]:
+) -> tuple[bytes, str]:
     """
     Find the note in physical memory and check that it describes that memory.
 
     :param name: The target, for messages.
     :param base: Reads physical memory.
     :param ranges: Start and size of the memory to search.
-    :return: the kernel program, and how the note was found
+    :return: the text of VMCOREINFO, and how it was found
     :raises TargetError: if there is none, with what to do about it
     """
     read = _reader(base, physical=True)
     if architecture.drgn == Architecture.S390X:
         text = vmcoreinfo.from_lowcore(read)
-        if text is not None:
-            prog = with_note(base, architecture, text, live)
-            if vmcoreinfo.matches(text, _reader(prog, physical=False)):
-                return prog, "VMCOREINFO recovered from the lowcore"
+        if text is not None and _describes(text, base, architecture):
+            return text, "VMCOREINFO recovered from the lowcore"
     stale = 0
     for address, text in vmcoreinfo.search(read, ranges):
-        prog = with_note(base, architecture, text, live)
-        if vmcoreinfo.matches(text, _reader(prog, physical=False)):
-            return prog, f"VMCOREINFO found in memory at physical address {address:#x}"
+        if _describes(text, base, architecture):
+            return text, f"VMCOREINFO found in memory at physical address {address:#x}"
         stale += 1
     raise TargetError(_advice(name, architecture, stale))
+
+
+def _describes(text: bytes, base: Program, architecture: TargetArchitecture) -> bool:
+    """Whether a note is of the kernel that is in the memory now, not of one that was there once."""
+    try:
+        prog = with_note(base, architecture, text, live=False)
+    except TargetError:
+        return False
+    return vmcoreinfo.matches(text, _reader(prog, physical=False))
 
 
 def _reader(prog: Program, physical: bool) -> Callable[[int, int], bytes | None]:

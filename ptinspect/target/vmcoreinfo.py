@@ -11,7 +11,7 @@ offset and the build ID are there and nowhere else.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -35,6 +35,7 @@ _LOWCORE_VMCORE_INFO = 0xE0C
 
 #: Bytes searched in one read.
 _CHUNK_BYTES = 1 << 20
+_LEAST_CHUNK_BYTES = 4096
 
 #: Offset of ``release`` in ``struct new_utsname``: two strings of __NEW_UTS_LEN + 1 before it.
 _UTSNAME_RELEASE = 2 * 65
@@ -59,19 +60,24 @@ def problem(text: bytes) -> str | None:
     fields = parse(text)
     if not fields.get("OSRELEASE"):
         return "it has no OSRELEASE"
-    if not fields.get("PAGESIZE", "").isdigit():
-        return "it has no PAGESIZE"
-    page_size = int(fields["PAGESIZE"])
-    if page_size & (page_size - 1) or not 4096 <= page_size <= 65536:
-        return f"its PAGESIZE is {page_size}"
-    for symbol in ("SYMBOL(init_uts_ns)", "SYMBOL(swapper_pg_dir)"):
+    size = page_size(text)
+    if size & (size - 1) or not 4096 <= size <= 65536:
+        return f"its PAGESIZE is {fields.get('PAGESIZE', 'missing')}"
+    # The one is needed to translate addresses, the other to check that they come out right; all
+    # architectures have both.
+    for symbol in ("SYMBOL(swapper_pg_dir)", "SYMBOL(init_uts_ns)"):
         value = fields.get(symbol)
-        if value is not None and not _is_hexadecimal(value):
+        if value is None:
+            return f"it has no {symbol}"
+        if not _is_hexadecimal(value):
             return f"its {symbol} is not an address"
-    # mmu_psize_defs and the like come and go; these two are there since 2.6.24 on all we support.
-    if "SYMBOL(init_uts_ns)" not in fields:
-        return "it has no SYMBOL(init_uts_ns)"
     return None
+
+
+def page_size(text: bytes) -> int:
+    """The kernel's page size in bytes, or 0 if the note does not tell it."""
+    value = parse(text).get("PAGESIZE", "")
+    return int(value) if value.isascii() and value.isdigit() else 0
 
 
 def read_file(path: Path) -> bytes:
@@ -137,24 +143,43 @@ def search(read: PhysicalReader, ranges: Iterable[tuple[int, int]]) -> Iterator[
     :return: physical address and text of each plausible note
     """
     needle = _PADDED_NAME + _TEXT_START
-    overlap = _HEADER_BYTES + len(needle)
-    for start, size in ranges:
-        tail = b""
-        for address in range(start, start + size, _CHUNK_BYTES):
-            data = read(address, min(_CHUNK_BYTES, start + size - address))
-            if data is None:
-                tail = b""
-                continue
-            window = tail + data
-            base = address - len(tail)
-            found = window.find(needle)
+    for start, size in sorted(ranges, reverse=True):
+        # The kernel allocates the note while it boots, mostly from the upper end of memory.
+        for address, data in _chunks_downwards(read, start, size, _HEADER_BYTES + len(needle)):
+            found = data.find(needle)
             while found >= 0:
-                note = base + found - _HEADER_BYTES
+                note = address + found - _HEADER_BYTES
                 text = _note_at(read, note)
                 if text is not None:
                     yield note, text
-                found = window.find(needle, found + 1)
-            tail = window[-overlap:]
+                found = data.find(needle, found + 1)
+
+
+def _chunks_downwards(
+    read: PhysicalReader, start: int, size: int, overlap: int
+) -> Iterator[tuple[int, bytes]]:
+    """Read a range from its end in chunks that overlap, without losing what lies beside a hole."""
+    end = start + size
+    chunk = start + (size - 1) // _CHUNK_BYTES * _CHUNK_BYTES
+    while chunk >= start:
+        yield from _halves(read, chunk, min(end, chunk + _CHUNK_BYTES + overlap))
+        chunk -= _CHUNK_BYTES
+
+
+def _halves(read: PhysicalReader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """
+    Read what can be read of a range, in pieces.
+
+    The pieces need not overlap: a note starts at a page boundary, where a hole may begin.
+    """
+    data = read(start, end - start)
+    if data is not None:
+        yield start, data
+    elif end - start > _LEAST_CHUNK_BYTES:
+        middle = (start + end) // 2 // _LEAST_CHUNK_BYTES * _LEAST_CHUNK_BYTES
+        middle = max(middle, start + _LEAST_CHUNK_BYTES)
+        yield from _halves(read, middle, end)
+        yield from _halves(read, start, middle)
 
 
 def matches(text: bytes, read_virtual: PhysicalReader) -> bool:
@@ -192,11 +217,6 @@ def _note_at(read: PhysicalReader, address: int) -> bytes | None:
         return None
     text = read(address + len(head), text_size)
     return None if text is None or problem(text) else text
-
-
-def field_summary(fields: Mapping[str, str]) -> str:
-    """The kernel that a note names, for messages."""
-    return f"Linux {fields.get('OSRELEASE', '?')}"
 
 
 def _is_hexadecimal(value: str) -> bool:

@@ -1,0 +1,129 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Open a kernel's dump in makedumpfile's compressed format (kdump)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from drgn import Program
+
+from ptinspect.errors import TargetError
+from ptinspect.target import architecture as architectures
+from ptinspect.target import kdump, recovery, vmcoreinfo
+from ptinspect.target.architecture import TargetArchitecture
+from ptinspect.target.kdump import Kdump, KdumpError
+from ptinspect.target.options import INCOMPLETE, Target, TargetKind
+
+#: Tells drgn to translate addresses of kdump files itself, where it can.
+_PREFER_WALKER = "DRGN_PREFER_PGTABLE_READER"
+
+
+def open_kdump(
+    path: Path, fd: int, wanted: TargetArchitecture | None, note: bytes | None
+) -> Target:
+    """
+    Open a kdump file through libkdumpfile.
+
+    The architecture is always given, since some headers lack it. A file in the flattened format
+    needs no unpacking: libkdumpfile reads it where it is.
+
+    :param fd: The open file, for its headers.
+    :param note: VMCOREINFO to use instead of the dump's own.
+    :raises TargetError: if it cannot be opened, with the reason
+    """
+    try:
+        dump = kdump.read_kdump(fd)
+    except KdumpError as error:
+        raise TargetError(f"{path}: {error}") from None
+    found = _architecture(path, dump, wanted)
+    notes: tuple[str, ...] = ()
+    if dump.incomplete:
+        notes += (INCOMPLETE,)
+    if dump.excluded_vmemmap:
+        notes += ("makedumpfile -e left out parts of the memory map",)
+    if dump.flattened:
+        notes += ("flattened kdump",)
+    text = note if note is not None else dump.vmcoreinfo
+    if text is None:
+        base = _physical(path, found, dump)
+        text, how = recovery.find_note(str(path), base, found, dump.ranges)
+        notes += (how,)
+    if vmcoreinfo.page_size(text) == dump.block_size:
+        prog = _program(path, found, text)
+    else:
+        # libkdumpfile knows but one page size; so it reads pages of the file's size, and drgn
+        # translates addresses with the kernel's.
+        base = _physical(path, found, dump)
+        prog = recovery.with_note(base, found, text, live=False)
+    return Target(prog, TargetKind.CORE, str(path), racing=False, notes=notes)
+
+
+def _architecture(path: Path, dump: Kdump, wanted: TargetArchitecture | None) -> TargetArchitecture:
+    if dump.machine is None:
+        if wanted is None:
+            raise TargetError(f"{path}: its header names no machine; give --architecture")
+        return wanted
+    found = architectures.by_name(dump.machine, str(path))
+    if wanted is not None and wanted != found:
+        raise TargetError(f"{path}: --architecture {wanted.name}, but the dump is {found.name}")
+    return found
+
+
+def _physical(path: Path, architecture: TargetArchitecture, dump: Kdump) -> Program:
+    """
+    A program that can do nothing but read physical memory from a kdump file.
+
+    Neither drgn nor libkdumpfile opens one without a VMCOREINFO, so it gets the least that they
+    accept; no address is translated with it.
+    """
+    least = f"OSRELEASE=5.0.0\nPAGESIZE={dump.block_size}\nSYMBOL(swapper_pg_dir)=1\n"
+    return _program(path, architecture, least.encode())
+
+
+def _program(path: Path, architecture: TargetArchitecture, note: bytes) -> Program:
+    try:
+        prog = Program(architecture.platform, vmcoreinfo=note)
+        with _page_table_reader(), _without_flattened_warning():
+            prog.set_core_dump(path)
+    except Exception as error:
+        raise TargetError(f"{path}: {error}") from None
+    return prog
+
+
+@contextmanager
+def _page_table_reader() -> Iterator[None]:
+    """
+    Make drgn translate addresses of kdump files with its own page table walker.
+
+    libkdumpfile's does not find the modules and the stack of an s390x kernel with a randomised
+    base; and so every kind of target translates in the same way.
+    """
+    before = os.environ.get(_PREFER_WALKER)
+    os.environ[_PREFER_WALKER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PREFER_WALKER]
+        else:
+            os.environ[_PREFER_WALKER] = before
+
+
+@contextmanager
+def _without_flattened_warning() -> Iterator[None]:
+    """Keep drgn from telling the user to unpack a flattened file first."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "flattened" not in record.getMessage()
+
+    logger = logging.getLogger("drgn")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
