@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -101,16 +101,23 @@ def map_space(
     :param kinds: Which entries to show.
     """
     tables = walk_spaces(prog, paging, [space], leaf_counts=False, memory=memory)
+    barriers = _shared_bounds(tables)
     parts: list[_Part] = []
     for level in range(len(paging.levels)):
-        parts.extend(_level_parts(prog, tables, level, kinds))
-    joined = _join(paging, parts)
+        parts.extend(_level_parts(prog, tables, level, kinds, barriers))
+    joined = _join(paging, parts, barriers)
+    if joined is not None and len(barriers):
+        joined = _merge(_repeat_shared(tables, joined, barriers), paging, barriers[:0])
     unseen = tuple(_unseen(tables))
     return SpaceMap(space, tuple(_records(paging, joined)), unseen)
 
 
 def _level_parts(
-    prog: Program, tables: Tables, level: int, kinds: Sequence[EntryClass]
+    prog: Program,
+    tables: Tables,
+    level: int,
+    kinds: Sequence[EntryClass],
+    barriers: AddressArray,
 ) -> Iterator[_Part]:
     paging = tables.paging
     space = tables.spaces[0]
@@ -156,6 +163,7 @@ def _level_parts(
                 np.where(mapping, paging.leaf_targets(value, level, slot), np.uint64(0)),
             ),
             paging,
+            barriers,
         )
 
 
@@ -166,29 +174,74 @@ def _own(slots: npt.NDArray[np.int64], space: Space) -> npt.NDArray[np.bool_]:
     return own
 
 
-def _merge(part: _Part, paging: Paging) -> _Part:
-    """Sort by address and join neighbours that are alike."""
+def _merge(part: _Part, paging: Paging, barriers: AddressArray) -> _Part:
+    """Sort by address and join neighbours that are alike, but not across a barrier."""
     if not len(part.start):
         return part
     order = np.argsort(part.start, kind="stable")
-    part = _Part(*(column[order] for column in part))
+    ordered: dict[str, Any] = {name: getattr(part, name)[order] for name in _Part._fields}
+    part = _Part(**ordered)
     shifts = np.array([level.shift for level in paging.levels], np.uint64)
     span = part.entries.astype(np.uint64) << shifts[part.level]
     alike = part.start[1:] == part.start[:-1] + span[:-1]
+    if len(barriers):
+        alike &= ~np.isin(part.start[1:], barriers)
     for name in ("level", "kind", "permissions", "page_bytes", "attributes"):
         column = getattr(part, name)
         alike &= column[1:] == column[:-1]
     first = np.flatnonzero(np.append(True, ~alike))
-    joined = {name: getattr(part, name)[first] for name in _Part._fields}
+    joined: dict[str, Any] = {name: getattr(part, name)[first] for name in _Part._fields}
     joined["entries"] = np.add.reduceat(part.entries, first)
     return _Part(**joined)
 
 
-def _join(paging: Paging, parts: list[_Part]) -> _Part | None:
+def _join(paging: Paging, parts: Sequence[_Part], barriers: AddressArray) -> _Part | None:
     if not parts:
         return None
-    columns = (np.concatenate([getattr(p, name) for p in parts]) for name in _Part._fields)
-    return _merge(_Part(*columns), paging)
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in _Part._fields
+    }
+    return _merge(_Part(**columns), paging, barriers)
+
+
+def _shared_bounds(tables: Tables) -> AddressArray:
+    """Get where tables begin and end, in address space, that are reached more than once."""
+    rows = np.unique(tables.first[(tables.first >= 0) & (tables.level > 0)])
+    spans = [shape.entries << shape.shift for shape in tables.paging.levels]
+    # The end of the last table of the address space wraps to 0, where nothing can be joined.
+    ends = [
+        (int(tables.va[row]) + spans[int(tables.level[row])]) & ((1 << 64) - 1)
+        for row in rows.tolist()
+    ]
+    return np.unique(np.concatenate((tables.va[rows], np.array(ends, np.uint64))))
+
+
+def _repeat_shared(tables: Tables, part: _Part, barriers: AddressArray) -> _Part:
+    """
+    Show what is below a table at every place where the space has that table.
+
+    The walk follows it at the first place only. From the lowest level up, so that what is repeated
+    has its own repetitions.
+    """
+    paging = tables.paging
+    shared = np.flatnonzero((tables.first >= 0) & (tables.level > 0))
+    for row in shared[np.argsort(tables.level[shared], kind="stable")].tolist():
+        shape = paging.levels[int(tables.level[row])]
+        begin = tables.va[tables.first[row]]
+        last = begin + np.uint64((shape.entries << shape.shift) - 1)
+        first = np.searchsorted(part.start, begin)
+        end = np.searchsorted(part.start, last, side="right")
+        # Entries of this table itself are there already; those of lower tables are not.
+        below = part.level[first:end] < tables.level[row]
+        copy: dict[str, Any] = {
+            name: getattr(part, name)[first:end][below] for name in _Part._fields
+        }
+        copy["start"] = copy["start"] - begin + tables.va[row]
+        copy["permissions"] = copy["permissions"] & tables.permissions[row]
+        joined = _join(paging, (part, _Part(**copy)), barriers)
+        assert joined is not None
+        part = joined
+    return part
 
 
 def _records(paging: Paging, part: _Part | None) -> Iterator[AddressRange]:
