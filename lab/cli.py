@@ -1,0 +1,152 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The lab's command line: one command a step."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from lab import samples
+from lab.arches import find_arch
+from lab.errors import LabError
+from lab.guest import Guest
+from lab.initramfs import build_workload, workload_initramfs
+from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel
+from lab.run import say
+from lab.shrink import shrink, verify
+from lab.truth import parse_report
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group()
+def commands() -> None:
+    """Kernels, guests, dumps and samples. Every step can be repeated; see docs/lab.md."""
+
+
+def _show(kernel: Kernel) -> None:
+    click.echo(f"release {kernel.release}")
+    click.echo(f"image   {kernel.image}")
+    click.echo(f"vmlinux {kernel.vmlinux}")
+    for module in kernel.modules:
+        click.echo(f"module  {module}")
+
+
+@commands.command()
+@click.argument("suite")
+@click.argument("arch")
+@click.argument("series")
+def fetch(suite: str, arch: str, series: str) -> None:
+    """Get Debian's kernel of a SERIES (6.12) with its debug file from a SUITE (trixie)."""
+    _show(debian_kernel(suite, arch, series))
+
+
+@commands.command()
+@click.argument("name", type=click.Choice(list(RECIPES)))
+@click.option("-j", "--jobs", type=int, help="Compilers at once; by default one a CPU.")
+def build(name: str, jobs: int | None) -> None:
+    """Build a small kernel with DWARF."""
+    _show(build_kernel(name, jobs))
+
+
+@commands.command()
+@click.argument("arch")
+def workload(arch: str) -> None:
+    """Compile the workload and pack it as an initramfs."""
+    machine = find_arch(arch)
+    click.echo(build_workload(machine))
+    click.echo(workload_initramfs(machine))
+
+
+def _kernel(words: tuple[str, ...]) -> Kernel:
+    """One word names a small kernel, three a Debian one."""
+    if len(words) == 1:
+        return build_kernel(words[0])
+    if len(words) == 3:
+        return debian_kernel(*words)
+    raise click.UsageError("KERNEL is the NAME of a small kernel, or SUITE ARCH SERIES")
+
+
+@commands.command()
+@click.argument("kernel", nargs=-1, required=True)
+@click.option("--memory", default=1024, help="MiB.", show_default=True)
+@click.option("--smp", default="2", show_default=True)
+@click.option("--append", default="", help="More words for the kernel command line.")
+@click.option("--dump", type=_NEW, help="Stop the guest after its report and dump it to this file.")
+@click.option("--form", default="elf", help="The dump's format, as QEMU names it.")
+@click.option("--truth", type=_NEW, help="Write the report to this file, as JSON.")
+@click.option("--keep/--no-keep", help="Leave the guest running until Ctrl-C.")
+@click.option("--timeout", default=300, show_default=True, help="Seconds until the report.")
+def boot(
+    kernel: tuple[str, ...],
+    memory: int,
+    smp: str,
+    append: str,
+    dump: Path | None,
+    form: str,
+    truth: Path | None,
+    keep: bool,
+    timeout: int,
+) -> None:
+    """Boot a KERNEL with the workload and wait for its report."""
+    booted = _kernel(kernel)
+    initrd = workload_initramfs(booted.arch, booted.modules)
+    with Guest(booted.arch, booted.image, initrd, memory=memory, smp=smp, append=append) as guest:
+        guest.wait_for("@@ready", timeout=timeout)
+        document, _ = parse_report(guest.console())
+        counted = document["nr_page_table_pages"]
+        click.echo(f"nr_page_table_pages {counted['exact']} ({counted['global']} global)")
+        if truth:
+            truth.write_text(samples.dump_truth(document))
+        if dump:
+            guest.stop()
+            guest.dump(dump, form)
+            guest.cont()
+        if keep:
+            click.echo(f"vmlinux {booted.vmlinux}")
+            click.echo(f"QMP socket {guest.qmp_socket}")
+            say("the guest runs until Ctrl-C")
+            click.pause("")
+
+
+@commands.command("shrink")
+@click.argument("full", type=_FILE)
+@click.argument("vmlinux", type=_FILE)
+@click.argument("small", type=_NEW)
+@click.option("--truth", type=_FILE, help="The report, which knows what is System RAM.")
+def shrink_command(full: Path, vmlinux: Path, small: Path, truth: Path | None) -> None:
+    """Make a small dump of a FULL one, and check that it says the same."""
+    ram = samples.system_ram(json.loads(truth.read_text())) if truth else None
+    shrunk = shrink(full, vmlinux, small, ram)
+    click.echo(f"kept {shrunk.kept} pages, {shrunk.zero} of them all zero")
+    for why, count in shrunk.left_out.items():
+        click.echo(f"left out {count} pages: {why}")
+    verify(full, small, vmlinux)
+
+
+@commands.command()
+@click.argument("name", type=click.Choice(list(samples.SAMPLES)))
+def sample(name: str) -> None:
+    """Make a sample: build, boot, report, dump, shrink, check, package."""
+    click.echo(samples.make_sample(name))
+
+
+@commands.command("list")
+def list_command() -> None:
+    """List the samples and whether they are there."""
+    for line in samples.list_samples():
+        click.echo(line)
+
+
+def main() -> None:
+    """Run a command; a step that cannot do its work says why and ends with status 1."""
+    try:
+        commands()
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        sys.exit(1)
