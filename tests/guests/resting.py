@@ -1,0 +1,40 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Guests with stock Debian kernels in which the lab's workload has made its states and rests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+
+from lab.archive import ArchiveUnreachableError
+from lab.errors import MissingToolError
+from lab.guest import Guest
+from lab.initramfs import workload_initramfs
+from lab.kernels import Kernel, debian_kernel
+from lab.truth import parse_report
+
+
+class Running(NamedTuple):
+    """A guest in which the workload has made its states and now rests."""
+
+    guest: Guest
+    kernel: Kernel
+    truth: dict[str, Any]
+
+
+@contextmanager
+def resting_guest(suite: str, architecture: str, series: str, memory: int) -> Iterator[Running]:
+    """Boot a stock kernel with the workload and wait until it rests."""
+    try:
+        kernel = debian_kernel(suite, architecture, series)
+        initrd = workload_initramfs(kernel.arch, kernel.modules)
+        guest = Guest(kernel.arch, kernel.image, initrd, memory=memory, smp="2")
+    except (MissingToolError, ArchiveUnreachableError) as error:
+        pytest.skip(str(error))
+    with guest:
+        console = guest.wait_for("@@ready", timeout=300)
+        yield Running(guest, kernel, parse_report(console)[0])
