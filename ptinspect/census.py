@@ -1,0 +1,254 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+The census: typed pages joined with the tables that the spaces reach.
+
+Every descriptor appears once, with what reaches it. What remains on either side is the point of it:
+tables that are reached but not typed tell which levels this kernel types, and typed pages that
+nothing reaches need another explanation, or are leaked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import Program
+
+from ptinspect.kernel.paging import EntryClass, Paging, paging_of
+from ptinspect.memory import BoolArray
+from ptinspect.tables.lookup import TableOwner, table_owners
+from ptinspect.tables.physical import physical_ranges
+from ptinspect.tables.scan import MemmapScan, scan_memmap
+from ptinspect.tables.scan import Progress as ScanProgress
+from ptinspect.tables.spaces import Space, SpaceList, find_spaces
+from ptinspect.tables.walk import Progress, RowState, Tables, Visitor, walk_spaces
+
+#: Level of a descriptor that no space reaches.
+UNKNOWN_LEVEL = 255
+
+
+class Holder(IntEnum):
+    """What accounts for a typed page."""
+
+    #: Nothing that was looked at: an orphan, unless something is left to look at.
+    UNEXPLAINED = 0
+    #: The tree of at least one space.
+    TREE = 1
+    #: A huge page's spare table.
+    DEPOSIT = 2
+    #: A callback or a batch that waits for RCU.
+    RCU = 3
+    #: A list of tables to be freed.
+    FREE_LIST = 4
+    #: A cache of table fragments.
+    FRAGMENT_CACHE = 5
+    #: A guest address space.
+    GMAP = 6
+
+
+class LevelCount(NamedTuple):
+    """The tables of one level that user or kernel spaces reach."""
+
+    level: int
+    kernel: bool
+    typed: int
+    untyped: int
+
+
+@dataclass(frozen=True)
+class Census:
+    """
+    Typed pages and reached tables of one target.
+
+    Columns by descriptor have the length and order of :attr:`scan`; columns by row those of
+    :attr:`tables`.
+    """
+
+    spaces: SpaceList
+    tables: Tables
+    scan: MemmapScan
+    #: int32, by row: index of the descriptor of the page that the table is in; -1 if not typed.
+    descriptor: npt.NDArray[np.int32]
+    #: uint8, by descriptor: level of its tables, or :data:`UNKNOWN_LEVEL`.
+    level: npt.NDArray[np.uint8]
+    #: bool, by descriptor: whether it was reached at more than one level.
+    level_conflict: BoolArray
+    #: uint8, by descriptor: :class:`Holder`.
+    holder: npt.NDArray[np.uint8]
+    #: int32: rows in order of their descriptor, those without one left out.
+    _rows: npt.NDArray[np.int32] = field(repr=False)
+    #: int32, by descriptor and one more: where its rows begin in _rows.
+    _starts: npt.NDArray[np.int32] = field(repr=False)
+
+    @property
+    def paging(self) -> Paging:
+        """The paging of the target."""
+        return self.tables.paging
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything could be seen: the memory map, all spaces, all tables."""
+        return self.scan.complete and self.tables.complete and not self.spaces.notes
+
+    def index_of_pfn(self, pfn: int) -> int | None:
+        """Get the descriptor that covers a page, if it is typed."""
+        index = _descriptors_of(self.scan, np.array([pfn], np.uint64))[0]
+        return None if index < 0 else int(index)
+
+    def rows_of(self, index: int) -> npt.NDArray[np.int32]:
+        """Get the rows of the tables in the page of a descriptor."""
+        return self._rows[self._starts[index] : self._starts[index + 1]]
+
+    def owners_of(self, index: int) -> Iterator[TableOwner]:
+        """Get every way in which the tables of a descriptor are reached."""
+        addresses = np.unique(self.tables.address[self.rows_of(index)])
+        for address in addresses.tolist():
+            yield from table_owners(self.tables, address)
+
+    def spaces_of(self, index: int) -> list[Space]:
+        """Get the spaces that reach a descriptor, each once."""
+        numbers = {owner.space for owner in self.owners_of(index)}
+        return [self.tables.spaces[number] for number in sorted(numbers)]
+
+    def reached_counts(self) -> npt.NDArray[np.int64]:
+        """Get how often each descriptor is reached (its entries' number, roots included)."""
+        return np.diff(self._starts).astype(np.int64)
+
+    def first_spaces(self) -> npt.NDArray[np.int64]:
+        """Get, by descriptor, the index of the first space that reaches it, or -1."""
+        known = self._starts[1:] > self._starts[:-1]
+        first = np.full(len(known), -1, np.int64)
+        first[known] = self.tables.space[self._rows[self._starts[:-1][known]]]
+        return first
+
+    def entry_counts(self) -> npt.NDArray[np.uint32]:
+        """
+        Count the entries in the page of each descriptor by class, every table once.
+
+        :return: uint32, shape (n, classes); zeros where nothing was reached or read.
+        """
+        rows = np.flatnonzero(distinct_tables(self.tables) & (self.descriptor >= 0))
+        counts = np.zeros((len(self.level), len(EntryClass)), np.uint32)
+        np.add.at(counts, self.descriptor[rows], self.tables.counts[rows])
+        return counts
+
+    def unexplained(self) -> npt.NDArray[np.intp]:
+        """Get the descriptors that nothing accounts for."""
+        return np.flatnonzero(self.holder == Holder.UNEXPLAINED)
+
+    def explain(self, pfns: npt.NDArray[np.uint64], holder: Holder) -> npt.NDArray[np.intp]:
+        """
+        Record what holds pages that no tree reaches.
+
+        :param pfns: uint64; pages that are not typed are passed over.
+        :return: The descriptors that this explains for the first time.
+        """
+        index = _descriptors_of(self.scan, pfns).astype(np.intp)
+        index = np.unique(index[index >= 0])
+        new: npt.NDArray[np.intp] = index[self.holder[index] == Holder.UNEXPLAINED]
+        self.holder[new] = holder
+        return new
+
+    def untyped_rows(self) -> npt.NDArray[np.intp]:
+        """Get the rows of tables that are reached, but lie in pages that are not typed."""
+        return np.flatnonzero(distinct_tables(self.tables) & (self.descriptor < 0))
+
+    def levels(self) -> list[LevelCount]:
+        """
+        Count reached tables by level: which levels this kernel types.
+
+        A table that user and kernel spaces share counts for the first that reaches it.
+        """
+        kernel = np.array([space.kernel for space in self.tables.spaces], np.bool_)
+        distinct = distinct_tables(self.tables)
+        result = []
+        for level in range(len(self.paging.levels)):
+            for is_kernel in (False, True):
+                here = distinct & (self.tables.level == level)
+                here &= kernel[self.tables.space] == is_kernel
+                typed = int(np.count_nonzero(here & (self.descriptor >= 0)))
+                total = int(np.count_nonzero(here))
+                if total:
+                    result.append(LevelCount(level, is_kernel, typed, total - typed))
+        return result
+
+    def nbytes(self) -> int:
+        """Bytes that the columns take, with those of the walk and the scan."""
+        columns = (*vars(self).values(), *vars(self.scan).values())
+        own = sum(column.nbytes for column in columns if isinstance(column, np.ndarray))
+        return self.tables.nbytes() + own
+
+
+def distinct_tables(tables: Tables) -> BoolArray:
+    """Tell which rows stand for a table that is there, each table once."""
+    there: BoolArray = tables.state <= RowState.UNREADABLE
+    return there
+
+
+def _descriptors_of(scan: MemmapScan, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    """Get the index of the descriptor that covers each page, or -1."""
+    result = np.full(len(pfns), -1, np.int32)
+    if not len(scan.pfns):
+        return result
+    place = np.searchsorted(scan.pfns, pfns, side="right") - 1
+    head = np.maximum(place, 0)
+    pages = np.left_shift(np.uint64(1), scan.orders[head].astype(np.uint64))
+    covered = (place >= 0) & (pfns - scan.pfns[head] < pages)
+    result[covered] = place[covered]
+    return result
+
+
+def join(spaces: SpaceList, tables: Tables, scan: MemmapScan) -> Census:
+    """Join the pages that are typed with the tables that are reached."""
+    page_bytes = np.uint64(tables.paging.page_bytes)
+    descriptor = _descriptors_of(scan, tables.address // page_bytes)
+    # Rows that did not lead to a table (a cycle, outside memory) do not hold anything.
+    descriptor[(tables.state == RowState.CYCLE) | (tables.state == RowState.OUTSIDE)] = -1
+    known = np.flatnonzero(descriptor >= 0)
+    rows = known[np.argsort(descriptor[known], kind="stable")].astype(np.int32)
+    count = len(scan.pfns)
+    per_descriptor = np.bincount(descriptor[known], minlength=count)
+    starts = np.zeros(count + 1, np.int32)
+    np.cumsum(per_descriptor, out=starts[1:])
+    level = np.full(count, UNKNOWN_LEVEL, np.uint8)
+    conflict = np.zeros(count, np.bool_)
+    reached = per_descriptor > 0
+    if len(rows):
+        begins = starts[:-1][reached]
+        levels = tables.level[rows]
+        level[reached] = np.minimum.reduceat(levels, begins)
+        conflict[reached] = np.maximum.reduceat(levels, begins) != level[reached]
+    holder = np.where(reached, np.uint8(Holder.TREE), np.uint8(Holder.UNEXPLAINED))
+    return Census(spaces, tables, scan, descriptor, level, conflict, holder, rows, starts)
+
+
+def take_census(
+    prog: Program,
+    *,
+    leaf_counts: bool = True,
+    scan_progress: ScanProgress | None = None,
+    walk_progress: Progress | None = None,
+    visitor: Visitor | None = None,
+) -> Census:
+    """
+    Scan the memory map, walk every space, and join the two.
+
+    :param leaf_counts: Whether to read the tables of the lowest level and count their entries.
+    :raises PtinspectError: if the target's paging or memory model is not supported
+    """
+    spaces = find_spaces(prog)
+    tables = walk_spaces(
+        prog,
+        paging_of(prog),
+        spaces.spaces,
+        leaf_counts=leaf_counts,
+        memory=physical_ranges(prog),
+        progress=walk_progress,
+        visitor=visitor,
+    )
+    return join(spaces, tables, scan_memmap(prog, scan_progress))
