@@ -41,9 +41,10 @@ def _show(kernel: Kernel) -> None:
 @click.argument("suite")
 @click.argument("arch")
 @click.argument("series")
-def fetch(suite: str, arch: str, series: str) -> None:
+@click.option("--flavour", help="What Debian appends to the release, if not the plain kernel's.")
+def fetch(suite: str, arch: str, series: str, flavour: str | None) -> None:
     """Get Debian's kernel of a SERIES (6.12) with its debug file from a SUITE (trixie)."""
-    _show(debian_kernel(suite, arch, series))
+    _show(debian_kernel(suite, arch, series, flavour))
 
 
 @commands.command()

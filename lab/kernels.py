@@ -182,24 +182,26 @@ def build_kernel(name: str, jobs: int | None = None) -> Kernel:
     return Kernel(arch, release, image, vmlinux)
 
 
-def _series_packages(suite: str, arch: Arch, series: str) -> dict[str, archive.Package]:
+def _series_packages(
+    suite: str, arch: Arch, series: str, flavour: str
+) -> dict[str, archive.Package]:
     """
     Get the packages of the newest plain kernel of a series: image, modules, dbg, by role.
 
     Up to 6.x the image package has everything; from 7.x on the image is linux-binary and the
     modules are linux-modules.
     """
-    flavour = {"arm64": "arm64", "ppc64el": "powerpc64le"}.get(arch.debian, arch.debian)
     pattern = rf"linux-image-({re.escape(series)}[.][0-9][^-]*(?:-[0-9]+)?)-{flavour}-dbg"
     index = archive.Index(suite, arch.debian)
     debug = index.find(pattern)
     kernel = re.fullmatch(pattern, debug.name)
     assert kernel is not None
     release = f"{kernel[1]}-{flavour}"
+    exactly = re.escape(release)
     found = {"dbg": debug}
     for role, names in {
-        "image": (f"linux-binary-{release}", f"linux-image-{release}(-unsigned)?"),
-        "modules": (f"linux-modules-{release}", f"linux-image-{release}(-unsigned)?"),
+        "image": (f"linux-binary-(?:unsigned-)?{exactly}", f"linux-image-{exactly}(?:-unsigned)?"),
+        "modules": (f"linux-modules-{exactly}", f"linux-image-{exactly}(?:-unsigned)?"),
     }.items():
         for wanted in names:
             try:
@@ -212,19 +214,26 @@ def _series_packages(suite: str, arch: Arch, series: str) -> dict[str, archive.P
     return found
 
 
-def debian_kernel(suite: str, arch_name: str, series: str) -> Kernel:
+#: What Debian calls the plain kernel, where it is not called after the architecture.
+_FLAVOURS = {"ppc64el": "powerpc64le"}
+
+
+def debian_kernel(suite: str, arch_name: str, series: str, flavour: str | None = None) -> Kernel:
     """
     Get Debian's newest kernel of a series (``6.12``) in a suite, from the cache or the archive.
 
     Only what is needed is kept: image, vmlinux with DWARF, and the modules of
     :attr:`Arch.vmcoreinfo_modules`. Without network the newest one in the cache is taken.
 
+    :param flavour: what Debian appends to the release (``powerpc64le-64k``); by default the plain
+        kernel's
     :raises LabError: if the suite has no such kernel
     """
     arch = find_arch(arch_name)
-    prefix = f"{suite}-{arch.name}-{series}"
+    flavour = flavour or _FLAVOURS.get(arch.debian, arch.debian)
+    prefix = f"{suite}-{arch.name}-{series}-{flavour}"
     try:
-        packages = _series_packages(suite, arch, series)
+        packages = _series_packages(suite, arch, series, flavour)
     except archive.ArchiveUnreachableError as error:
         kept = sorted(
             (path for path in cache("debian").glob(f"{prefix}_*") if path.is_dir()),
