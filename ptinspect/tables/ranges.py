@@ -103,12 +103,13 @@ def map_space(
     tables = walk_spaces(prog, paging, [space], leaf_counts=False, memory=memory)
     barriers = _shared_bounds(tables)
     parts: list[_Part] = []
+    states = tables.state.copy()
     for level in range(len(paging.levels)):
-        parts.extend(_level_parts(prog, tables, level, kinds, barriers))
+        parts.extend(_level_parts(prog, tables, level, kinds, barriers, states))
     joined = _join(paging, parts, barriers)
     if joined is not None and len(barriers):
         joined = _merge(_repeat_shared(tables, joined, barriers), paging, barriers[:0])
-    unseen = tuple(_unseen(tables))
+    unseen = tuple(_unseen(tables, states))
     return SpaceMap(space, tuple(_records(paging, joined)), unseen)
 
 
@@ -118,7 +119,13 @@ def _level_parts(
     level: int,
     kinds: Sequence[EntryClass],
     barriers: AddressArray,
+    states: npt.NDArray[np.uint8],
 ) -> Iterator[_Part]:
+    """
+    Read the tables of a level again, this time for their entries.
+
+    :param states: Becomes UNREADABLE for tables that cannot be read (now).
+    """
     paging = tables.paging
     space = tables.spaces[0]
     # A table that is reached twice in a space is shown at each place.
@@ -135,6 +142,7 @@ def _level_parts(
         end = np.searchsorted(ordered, batch.first + len(batch.data))
         here = rows[by_address[begin:end]]
         which = ordered[begin:end] - batch.first
+        states[here[~batch.readable[which]]] = RowState.UNREADABLE
         here, which = here[batch.readable[which]], which[batch.readable[which]]
         entries = filled_entries(paging, raw_entries(batch.data)[which], level)
         kind = entries.kind
@@ -265,9 +273,9 @@ def _records(paging: Paging, part: _Part | None) -> Iterator[AddressRange]:
         )
 
 
-def _unseen(tables: Tables) -> Iterator[UnseenRange]:
+def _unseen(tables: Tables, states: npt.NDArray[np.uint8]) -> Iterator[UnseenRange]:
     followed = np.where(tables.first >= 0, tables.first, np.arange(len(tables)))
-    state = tables.state[followed]
+    state = states[followed]
     lost = np.isin(state, (RowState.UNREADABLE, RowState.OUTSIDE, RowState.CYCLE))
     rows = np.flatnonzero(lost)
     for row in rows[np.argsort(tables.va[rows], kind="stable")].tolist():

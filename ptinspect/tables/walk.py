@@ -28,7 +28,7 @@ from ptinspect.kernel.paging.model import (
     Paging,
     PermissionArray,
 )
-from ptinspect.memory import AddressArray, BoolArray, iter_blocks
+from ptinspect.memory import CHUNK_BYTES, AddressArray, BoolArray, iter_blocks
 from ptinspect.tables.entries import (
     CLASSES,
     CountArray,
@@ -177,6 +177,7 @@ def walk_spaces(
     memory: PhysicalRanges | None = None,
     progress: Progress | None = None,
     visitor: Visitor | None = None,
+    batch_bytes: int = CHUNK_BYTES,
 ) -> Tables:
     """
     Walk all tables of all spaces.
@@ -187,8 +188,9 @@ def walk_spaces(
     :param leaf_counts: Whether to read the tables of the lowest level, which are most of all.
     :param memory: Where the target has memory; entries that point elsewhere are marked.
     :param visitor: Is shown the raw entries of each table that is read at the lowest level.
+    :param batch_bytes: How much is held at a time.
     """
-    walker = _Walker(prog, paging, spaces, leaf_counts, memory, progress, visitor)
+    walker = _Walker(prog, paging, spaces, leaf_counts, memory, progress, visitor, batch_bytes)
     return walker.walk()
 
 
@@ -202,6 +204,7 @@ class _Walker:
         memory: PhysicalRanges | None,
         progress: Progress | None,
         visitor: Visitor | None,
+        batch_bytes: int,
     ) -> None:
         self._prog = prog
         self._paging = paging
@@ -210,8 +213,8 @@ class _Walker:
         self._memory = memory
         self._progress = progress
         self._visitor = visitor
+        self._batch_bytes = batch_bytes
         self._is_kernel = np.array([space.kernel for space in spaces], np.bool_)
-        self._root_index: npt.NDArray[np.int64] = np.arange(0)
         self._done = 0
         self._first_row = 0
         #: Columns of finished levels, from the top.
@@ -331,7 +334,9 @@ class _Walker:
         size = self._paging.levels[level].table_bytes
         roots = frontier.parent[rows] < 0
         kernel = self._is_kernel[frontier.space[rows]]
-        for batch in iter_blocks(self._prog, frontier.address[rows], size):
+        for batch in iter_blocks(
+            self._prog, frontier.address[rows], size, batch_bytes=self._batch_bytes
+        ):
             place = slice(batch.first, batch.first + len(batch.data))
             here = rows[place]
             raw = raw_entries(batch.data)
