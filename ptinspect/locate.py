@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from drgn import FaultError, Object, Program, sizeof
-from drgn.helpers.linux.mm import compound_head, in_direct_map, pfn_to_page, virt_to_page
+from drgn.helpers.linux.mm import (
+    compound_head,
+    in_direct_map,
+    page_to_phys,
+    pfn_to_page,
+    virt_to_page,
+)
 
 from ptinspect.errors import IncompleteError, UsageError
 from ptinspect.kernel.descriptor import page_ptdesc
@@ -86,6 +92,28 @@ def locate_ptdesc(prog: Program, text: str) -> Located:
     except FaultError as error:
         raise IncompleteError(f"the struct page of {value:#x} cannot be read: {error}") from error
     return Located(page_ptdesc(head), kind, head.value_() != page.value_())
+
+
+def locate_physical(prog: Program, text: str) -> tuple[int, int]:
+    """
+    Get the physical memory that an address means, with the same rules as :func:`locate_ptdesc`.
+
+    :return: Physical address, and the bytes that are meant: a page for a page frame number or a
+        descriptor, one byte for an address.
+    :raises UsageError: if there is no such memory
+    """
+    kind, value = parse_address(text)
+    ranges = memmap_ranges(prog)
+    if kind is None:
+        kind = _guess_kind(prog, ranges, value)
+    page = _page_at(prog, ranges, kind, value)
+    if page is None:
+        raise UsageError(f"{value:#x} is no {_DESCRIPTIONS[kind]} of this target's memory")
+    start = int(page_to_phys(page).value_())
+    page_bytes = int(prog["PAGE_SIZE"].value_())
+    if kind in (AddressKind.PFN, AddressKind.PTDESC):
+        return start, page_bytes
+    return start + value % page_bytes, 1
 
 
 _DESCRIPTIONS = {

@@ -12,7 +12,7 @@ import click
 from drgn import FaultError
 
 from ptinspect import __version__
-from ptinspect.cli import descriptors, layout, summary
+from ptinspect.cli import descriptors, layout, processes, summary, translate
 from ptinspect.cli.target_options import target_options
 from ptinspect.errors import ExitStatus, PtinspectError
 from ptinspect.faces.escape import escape
@@ -34,9 +34,17 @@ def cli() -> None:
     """
 
 
-for _command in (summary.command, descriptors.list_command, descriptors.show_command):
+for _command in (
+    layout.command,
+    summary.command,
+    descriptors.list_command,
+    descriptors.show_command,
+    translate.walk_command,
+    translate.map_command,
+    translate.owner_command,
+    processes.command,
+):
     cli.add_command(_command)
-cli.add_command(layout.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
