@@ -11,7 +11,7 @@ from pathlib import Path
 from drgn import FaultError, MissingDebugInfoError, ModuleFileStatus, Program
 
 from ptinspect.errors import DebugInfoError
-from ptinspect.target import architecture
+from ptinspect.target import architecture, drgn_log
 from ptinspect.target.elf import ET_CORE, ET_REL, MAGIC, ElfError, ElfFile, read_elf
 
 #: The name of drgn's finder that asks debuginfod servers.
@@ -19,14 +19,21 @@ _DEBUGINFOD = "debuginfod"
 #: Set by the user (on some distributions for every login) to the servers to ask.
 _DEBUGINFOD_URLS = "DEBUGINFOD_URLS"
 
-#: Where drgn's own search looks for a kernel's vmlinux, as its documentation lists it.
+#: Where drgn's own search looks for a kernel's vmlinux, apart from build IDs.
 _STANDARD_PLACES = (
     "/usr/lib/debug/boot/vmlinux-{release}",
     "/usr/lib/debug/lib/modules/{release}/vmlinux",
+    "/usr/lib/debug/lib/modules/{release}/vmlinux.debug",
     "/boot/vmlinux-{release}",
     "/lib/modules/{release}/build/vmlinux",
     "/lib/modules/{release}/vmlinux",
 )
+
+#: And in each --kernel-directory.
+_KERNEL_DIRECTORY_PLACES = ("build/vmlinux", "vmlinux")
+
+#: What SUSE calls its kernels' flavours, at the end of the release.
+_SUSE_FLAVOURS = ("default", "azure", "rt", "kvmsmall", "64kb", "longterm")
 
 #: "HdrS" at this offset marks an x86 boot image (Documentation/arch/x86/boot.rst).
 _BOOT_IMAGE_MAGIC_OFFSET = 0x202
@@ -51,7 +58,8 @@ def load(prog: Program, symbols: Sequence[Path], kernel_directories: Sequence[Pa
         )
     _enable_debuginfod(prog)
     try:
-        prog.load_debug_info([str(path) for path in symbols], main=True)
+        with drgn_log.without("missing debugging symbols"):
+            prog.load_debug_info([str(path) for path in symbols], main=True)
     except MissingDebugInfoError:
         # It may be a module that is missing, or nothing but the symbol table was found: see below.
         pass
@@ -192,6 +200,12 @@ def _check_release(prog: Program) -> None:
         )
 
 
+def _without_dwarf(path: Path) -> str:
+    elf, _ = read_symbols_header(path)
+    has_dwarf = any(section.name in (".debug_info", ".zdebug_info") for section in elf.sections)
+    return "" if has_dwarf else " (stripped: it has no .debug_info)"
+
+
 def _missing(
     prog: Program,
     build_id: str | None,
@@ -199,8 +213,8 @@ def _missing(
     kernel_directories: Sequence[Path],
 ) -> str:
     release = kernel_release(prog)
-    places = [f"--symbols {path}" for path in symbols]
-    places += [f"--kernel-directory {path}" for path in kernel_directories]
+    places = [f"--symbols {path}{_without_dwarf(path)}" for path in symbols]
+    places += [f"{path / name}" for path in kernel_directories for name in _KERNEL_DIRECTORY_PLACES]
     places += [place.format(release=release) for place in _STANDARD_PLACES]
     if build_id:
         places.append(f"/usr/lib/debug/.build-id/{build_id[:2]}/{build_id[2:]}.debug")
@@ -208,7 +222,9 @@ def _missing(
         places.append(f"debuginfod ({_DEBUGINFOD_URLS}={os.environ.get(_DEBUGINFOD_URLS, '')})")
     else:
         places.append(f"not debuginfod ({_DEBUGINFOD_URLS} is not set)")
-    suse_flavour = release.rpartition("-")[2] if "-" in release else "default"
+    suse_flavour = release.rpartition("-")[2]
+    if suse_flavour not in _SUSE_FLAVOURS:
+        suse_flavour = _SUSE_FLAVOURS[0]
     lines = (
         f"no debugging information (DWARF) for Linux {release}, build ID {build_id or 'not known'}",
         f"  tried: {', '.join(places)}",

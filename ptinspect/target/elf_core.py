@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from drgn import Program
+from drgn import Architecture, FaultError, Program
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
@@ -52,10 +52,15 @@ def open_elf(path: Path, fd: int, wanted: TargetArchitecture | None, note: bytes
         notes += (INCOMPLETE,)
     if not dump.load_segments:
         raise TargetError(f"{path}: a dump without memory (no PT_LOAD segments)")
-    if kinds.vmcoreinfo:
+    # QEMU writes no virtual addresses; drgn takes their 0 for one.
+    without_addresses = all(segment.vaddr == 0 for segment in dump.load_segments)
+    if kinds.vmcoreinfo and not (without_addresses and found.drgn == Architecture.S390X):
         prog = _elf_program(path, note)
-    elif note is not None:
-        prog = recovery.with_note(_physical(dump, found), found, note, live=False)
+        if without_addresses:
+            _hide_low_addresses(prog)
+    elif note is not None or kinds.vmcoreinfo:
+        text = note if note is not None else kinds.vmcoreinfo
+        prog = recovery.with_note(_physical(dump, found), found, text, live=False)
     else:
         base = _physical(dump, found)
         ranges = [(s.paddr, s.filesz) for s in dump.load_segments]
@@ -78,13 +83,14 @@ class _NoteKinds:
     """What the notes of an ELF core tell about its origin."""
 
     def __init__(self, dump: ElfFile) -> None:
-        self.vmcoreinfo = False
+        #: The text of VMCOREINFO; empty if there is none.
+        self.vmcoreinfo = b""
         #: A kernel never writes an auxiliary vector; a process' core always has one.
         self.user_space = False
         self.xen = any(section.name.startswith(".xen_") for section in dump.sections)
         for note in dump.notes():
             if note.name == vmcoreinfo.NAME:
-                self.vmcoreinfo = True
+                self.vmcoreinfo = note.desc
             elif note.name == b"CORE" and note.type == elf.NT_AUXV:
                 self.user_space = True
             elif note.name in (b"Xen", b"VMCOREINFO_XEN"):
@@ -99,6 +105,20 @@ def _elf_program(path: Path, note: bytes | None) -> Program:
     except Exception as error:
         raise TargetError(f"{path}: {error}") from None
     return prog
+
+
+def _hide_low_addresses(prog: Program) -> None:
+    """
+    Make the lower half of the address space fault, as it does in every other target.
+
+    No kernel but s390's has anything there; without this, what a null or wild pointer points to
+    would be the beginning of physical memory.
+    """
+
+    def fault(address: int, count: int, offset: int, physical: bool) -> bytes:
+        raise FaultError("not a kernel address", address)
+
+    prog.add_memory_segment(0, 1 << 63, fault, physical=False)
 
 
 def _physical(dump: ElfFile, architecture: TargetArchitecture) -> Program:

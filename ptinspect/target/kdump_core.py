@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from drgn import Program
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import kdump, recovery, vmcoreinfo
+from ptinspect.target import drgn_log, kdump, recovery, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.kdump import Kdump, KdumpError
 from ptinspect.target.options import INCOMPLETE, Target, TargetKind
@@ -88,7 +87,7 @@ def _physical(path: Path, architecture: TargetArchitecture, dump: Kdump) -> Prog
 def _program(path: Path, architecture: TargetArchitecture, note: bytes) -> Program:
     try:
         prog = Program(architecture.platform, vmcoreinfo=note)
-        with _page_table_reader(), _without_flattened_warning():
+        with _page_table_reader(), drgn_log.without("flattened"):
             prog.set_core_dump(path)
     except Exception as error:
         raise TargetError(f"{path}: {error}") from None
@@ -112,18 +111,3 @@ def _page_table_reader() -> Iterator[None]:
             del os.environ[_PREFER_WALKER]
         else:
             os.environ[_PREFER_WALKER] = before
-
-
-@contextmanager
-def _without_flattened_warning() -> Iterator[None]:
-    """Keep drgn from telling the user to unpack a flattened file first."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "flattened" not in record.getMessage()
-
-    logger = logging.getLogger("drgn")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

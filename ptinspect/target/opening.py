@@ -11,14 +11,15 @@ from pathlib import Path
 
 from drgn import Program
 
-from ptinspect.errors import DebugInfoError, UsageError
+from ptinspect.errors import DebugInfoError, TargetError, UsageError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import debuginfo, vmcoreinfo
+from ptinspect.target import debuginfo, recovery, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.core import open_core
-from ptinspect.target.guest import open_guest, paused
+from ptinspect.target.guest import open_guest
 from ptinspect.target.live import open_live
 from ptinspect.target.options import Target, TargetKind, TargetOptions
+from ptinspect.target.pause import paused
 from ptinspect.target.samples import open_sample
 from ptinspect.target.xen import refuse_xen_pv
 
@@ -54,6 +55,8 @@ def open_target(options: TargetOptions) -> Iterator[Target]:
             target = guest.target
         else:
             target = open_live(architecture, note)
+        if _check_memory(target, options.vmcoreinfo) is None:
+            target = replace(target, notes=(*target.notes, "the kernel's own data cannot be read"))
         debuginfo.load(target.prog, symbols, options.kernel_directory)
         refuse_xen_pv(target.prog)
         if options.pause and options.qemu is not None:
@@ -61,6 +64,23 @@ def open_target(options: TargetOptions) -> Iterator[Target]:
             how = stack.enter_context(paused(guest.connection))
             target = replace(target, racing=False, notes=(*target.notes, how))
         yield target
+
+
+def _check_memory(target: Target, note_file: Path | None) -> bool | None:
+    """
+    Check that VMCOREINFO and memory belong together, before anything is built on it.
+
+    :return: None if the memory needed for that cannot be read
+    """
+    text = target.prog["VMCOREINFO"].string_()
+    fits = vmcoreinfo.matches(text, recovery.reader(target.prog, physical=False))
+    if fits is False or (fits is None and note_file is not None):
+        source = f"--vmcoreinfo {note_file}" if note_file is not None else "its VMCOREINFO"
+        raise TargetError(
+            f"{target.name}: {source} does not describe this memory: "
+            "where it has init_uts_ns there is no such release"
+        )
+    return fits
 
 
 def open_symbols(symbols: Sequence[Path], architecture: str | None = None) -> Program:

@@ -19,6 +19,7 @@ import json
 import os
 import select
 import socket
+import stat
 import struct
 import time
 from typing import Any
@@ -199,6 +200,8 @@ def _connect_problem(address: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such socket (is QEMU running with -qmp unix:SOCKET,server=on,wait=off?)"
     if isinstance(error, ConnectionRefusedError):
+        if os.path.exists(address) and not stat.S_ISSOCK(os.stat(address).st_mode):
+            return "not a socket"
         return "connection refused: nothing listens there (has QEMU ended?)"
     if isinstance(error, (TimeoutError, socket.timeout, BlockingIOError)):
         return "no connection: another client is connected (a QMP socket serves one at a time)"

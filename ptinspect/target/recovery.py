@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Callable
 
 from drgn import Architecture, FaultError, Program
 
@@ -38,11 +37,11 @@ def find_note(
 
     :param name: The target, for messages.
     :param base: Reads physical memory.
-    :param ranges: Start and size of the memory to search.
+    :param ranges: Start and size of the memory to search; none if reading is too slow for that.
     :return: the text of VMCOREINFO, and how it was found
     :raises TargetError: if there is none, with what to do about it
     """
-    read = _reader(base, physical=True)
+    read = reader(base, physical=True)
     if architecture.drgn == Architecture.S390X:
         text = vmcoreinfo.from_lowcore(read)
         if text is not None and _describes(text, base, architecture):
@@ -52,7 +51,7 @@ def find_note(
         if _describes(text, base, architecture):
             return text, f"VMCOREINFO found in memory at physical address {address:#x}"
         stale += 1
-    raise TargetError(_advice(name, architecture, stale))
+    raise TargetError(_advice(name, architecture, stale, bool(ranges)))
 
 
 def _describes(text: bytes, base: Program, architecture: TargetArchitecture) -> bool:
@@ -61,10 +60,12 @@ def _describes(text: bytes, base: Program, architecture: TargetArchitecture) -> 
         prog = with_note(base, architecture, text, live=False)
     except TargetError:
         return False
-    return vmcoreinfo.matches(text, _reader(prog, physical=False))
+    return vmcoreinfo.matches(text, reader(prog, physical=False)) is True
 
 
-def _reader(prog: Program, physical: bool) -> Callable[[int, int], bytes | None]:
+def reader(prog: Program, physical: bool) -> vmcoreinfo.Reader:
+    """Read a program's memory, with None for what it does not have."""
+
     def read(address: int, size: int) -> bytes | None:
         try:
             data: bytes = prog.read(address, size, physical)
@@ -75,16 +76,19 @@ def _reader(prog: Program, physical: bool) -> Callable[[int, int], bytes | None]
     return read
 
 
-def _advice(name: str, architecture: TargetArchitecture, stale: int) -> str:
-    found = f"only {stale} that do not describe this memory" if stale else "none"
-    if architecture.drgn in (Architecture.X86_64, Architecture.AARCH64):
-        remedy = (
-            "run QEMU with -device vmcoreinfo and load qemu_fw_cfg in the guest, "
-            "or give the note with --vmcoreinfo FILE"
-        )
+def _advice(name: str, architecture: TargetArchitecture, stale: int, searched: bool) -> str:
+    remedies = ["give the note with --vmcoreinfo FILE"]
+    if not searched:
+        remedies.insert(0, "use a Unix socket on QEMU's machine, as root")
+    elif architecture.drgn in (Architecture.X86_64, Architecture.AARCH64):
+        remedies.insert(0, "run QEMU with -device vmcoreinfo and load qemu_fw_cfg in the guest")
+    if not searched:
+        why = "it gives no VMCOREINFO, and reading its memory is too slow to search for it"
+    elif stale:
+        why = f"of {stale} VMCOREINFO notes in its memory, none describes that memory"
     else:
-        remedy = "give the note with --vmcoreinfo FILE"
-    return (
-        f"{name}: no Linux kernel recognised: its memory was searched for a VMCOREINFO note "
-        f"and has {found} (not booted yet, or built without CONFIG_VMCORE_INFO); {remedy}"
-    )
+        why = (
+            "its memory has no VMCOREINFO note "
+            "(the guest has not booted, or its kernel lacks CONFIG_VMCORE_INFO)"
+        )
+    return f"{name}: no Linux kernel recognised: {why}; {' or '.join(remedies)}"

@@ -22,8 +22,9 @@ _IDENTITY = b"ptinspect-guard"
 
 def continue_guest(connection: socket.socket) -> None:
     """Send ``cont`` and wait for the reply, or for as long as it is worth it."""
-    # Whatever the dead process had half sent ends here; QEMU answers garbage with an error.
-    connection.sendall(b'\r\n{"execute": "cont", "id": "' + _IDENTITY + b'"}\r\n')
+    # 0xff puts QEMU's parser back to its start, should the dead process have sent half a command
+    # (QEMU's docs/interop/qmp-spec: forcing the JSON parser into known-good state).
+    connection.sendall(b'\xff\r\n{"execute": "cont", "id": "' + _IDENTITY + b'"}\r\n')
     connection.settimeout(1.0)
     deadline = time.monotonic() + _SECONDS
     received = b""

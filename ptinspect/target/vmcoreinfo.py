@@ -41,8 +41,8 @@ _LEAST_CHUNK_BYTES = 4096
 _UTSNAME_RELEASE = 2 * 65
 _UTSNAME_STRING = 65
 
-#: Reads physical memory: address, size -> the bytes, or None where there are none.
-PhysicalReader = Callable[[int, int], Optional[bytes]]
+#: Reads memory: address, size -> the bytes, or None where there are none.
+Reader = Callable[[int, int], Optional[bytes]]
 
 
 def parse(text: bytes) -> dict[str, str]:
@@ -118,7 +118,7 @@ def _text_of_note(data: bytes) -> bytes:
     return data
 
 
-def from_lowcore(read: PhysicalReader) -> bytes | None:
+def from_lowcore(read: Reader) -> bytes | None:
     """
     Recover the note of an s390 kernel through the pointer in its lowcore.
 
@@ -132,7 +132,7 @@ def from_lowcore(read: PhysicalReader) -> bytes | None:
     return _note_at(read, address) if address else None
 
 
-def search(read: PhysicalReader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
+def search(read: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
     """
     Search physical memory for notes.
 
@@ -156,7 +156,7 @@ def search(read: PhysicalReader, ranges: Iterable[tuple[int, int]]) -> Iterator[
 
 
 def _chunks_downwards(
-    read: PhysicalReader, start: int, size: int, overlap: int
+    read: Reader, start: int, size: int, overlap: int
 ) -> Iterator[tuple[int, bytes]]:
     """Read a range from its end in chunks that overlap, without losing what lies beside a hole."""
     end = start + size
@@ -166,7 +166,7 @@ def _chunks_downwards(
         chunk -= _CHUNK_BYTES
 
 
-def _halves(read: PhysicalReader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+def _halves(read: Reader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """
     Read what can be read of a range, in pieces.
 
@@ -182,12 +182,13 @@ def _halves(read: PhysicalReader, start: int, end: int) -> Iterator[tuple[int, b
         yield from _halves(read, start, middle)
 
 
-def matches(text: bytes, read_virtual: PhysicalReader) -> bool:
+def matches(text: bytes, read_virtual: Reader) -> bool | None:
     """
-    Whether a note describes the memory it was found in.
+    Whether a note describes the memory of a target.
 
     :param read_virtual: Reads kernel virtual memory as translated by means of this very note.
-    :return: whether ``init_uts_ns`` lies where the note says and names the note's release
+    :return: whether ``init_uts_ns``, where the note says it is, names the note's release; None if
+        that cannot be read
     """
     fields = parse(text)
     try:
@@ -195,12 +196,14 @@ def matches(text: bytes, read_virtual: PhysicalReader) -> bool:
         # Kernels before 5.9 do not give the offset: kref (4 bytes) came first then.
         address += int(fields.get("OFFSET(uts_namespace.name)", "4"))
     except (KeyError, ValueError):
-        return False
+        return None
     release = read_virtual(address + _UTSNAME_RELEASE, _UTSNAME_STRING)
-    return release is not None and release.split(b"\0")[0] == fields["OSRELEASE"].encode()
+    if release is None:
+        return None
+    return release.split(b"\0")[0] == fields["OSRELEASE"].encode()
 
 
-def _note_at(read: PhysicalReader, address: int) -> bytes | None:
+def _note_at(read: Reader, address: int) -> bytes | None:
     """The text of the note at a physical address, or None if there is none."""
     if address < 0:
         return None
