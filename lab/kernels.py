@@ -70,6 +70,12 @@ RECIPES: dict[str, Recipe] = {
     "s390x-6.12": Recipe(
         "s390x", "trixie", "linux-source-6.12", ("common", "s390x", "s390x-6.12"), _KVM_WITHOUT_SIE
     ),
+    "aarch64-7.3": Recipe(
+        "aarch64", "trixie-backports", "linux-source-7.3", ("common", "aarch64", "aarch64-7.3")
+    ),
+    "ppc64le-6.12": Recipe(
+        "ppc64le", "trixie", "linux-source-6.12", ("common", "ppc64le", "ppc64le-6.12")
+    ),
 }
 
 
