@@ -119,12 +119,17 @@ class Census:
         """Get how often each descriptor is reached (its entries' number, roots included)."""
         return np.diff(self._starts).astype(np.int64)
 
-    def first_spaces(self) -> npt.NDArray[np.int64]:
-        """Get, by descriptor, the index of the first space that reaches it, or -1."""
+    def first_rows(self) -> npt.NDArray[np.int64]:
+        """Get, by descriptor, the first row that reaches it, or -1."""
         known = self._starts[1:] > self._starts[:-1]
         first = np.full(len(known), -1, np.int64)
-        first[known] = self.tables.space[self._rows[self._starts[:-1][known]]]
+        first[known] = self._rows[self._starts[:-1][known]]
         return first
+
+    def first_spaces(self) -> npt.NDArray[np.int64]:
+        """Get, by descriptor, the index of the first space that reaches it, or -1."""
+        rows = self.first_rows()
+        return np.where(rows < 0, -1, self.tables.space[rows].astype(np.int64))
 
     def entry_counts(self) -> npt.NDArray[np.uint32]:
         """
@@ -153,6 +158,16 @@ class Census:
         new: npt.NDArray[np.intp] = index[self.holder[index] == Holder.UNEXPLAINED]
         self.holder[new] = holder
         return new
+
+    def reached_by(self, space: Space) -> npt.NDArray[np.intp]:
+        """
+        Get the descriptors of the tables that one space reaches.
+
+        What lies below a table that it shares belongs to the first space that reaches it.
+        """
+        rows = self.tables.rows_of_space(self.tables.spaces.index(space))
+        index = np.unique(self.descriptor[rows])
+        return index[index >= 0].astype(np.intp)
 
     def untyped_rows(self) -> npt.NDArray[np.intp]:
         """Get the rows of tables that are reached, but lie in pages that are not typed."""

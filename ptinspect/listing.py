@@ -18,8 +18,10 @@ import numpy.typing as npt
 from drgn import Architecture, Program
 from drgn.helpers.linux.mm import decode_page_flags_value
 
+from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
 from ptinspect.errors import UsageError
 from ptinspect.kernel.descriptor import canonical_member_name, flags_bit, ptdesc_has_member
+from ptinspect.kernel.paging import EntryClass
 from ptinspect.memory import BoolArray
 from ptinspect.state.fields import architecture, direct_map_addresses, typed_levels
 from ptinspect.tables.nodes import page_nodes
@@ -28,8 +30,23 @@ from ptinspect.tables.scan import MemmapScan
 #: Columns that are computed, not members.
 COMPUTED_COLUMNS = ("pfn", "ptdesc", "phys", "address", "order", "node", "level", "flags")
 
+#: Columns that need a walk of all address spaces:
+#: space: the first that reaches the table, reached: by how many entries and roots, va: the first
+#: address that the table translates there, holder: what accounts for it,
+#: used: entries in use, fill: those in percent, empty: 1 if there are none, remote: mapped pages
+#: that lie on other nodes than the table.
+CENSUS_COLUMNS = (
+    *("space", "reached", "va", "holder"),
+    *("used", "fill", "empty", "remote"),
+)
+
 #: Shown when no columns are chosen.
-DEFAULT_COLUMNS = ("pfn", "ptdesc", "address", "level", "order", "node", "refcount", "flags")
+DEFAULT_COLUMNS = (
+    *("pfn", "ptdesc", "level", "space", "va", "fill"),
+    *("order", "node", "refcount", "flags"),
+)
+#: The same where there is no walk.
+SCAN_COLUMNS = ("pfn", "ptdesc", "address", "level", "order", "node", "refcount", "flags")
 
 #: Short names for members that people ask for often.
 _SHORT_NAMES = {
@@ -52,11 +69,25 @@ class ColumnData(NamedTuple):
 
 
 class Listing:
-    """The descriptors of one scan, column by column, each computed when it is asked for."""
+    """
+    The descriptors of one scan, column by column, each computed when it is asked for.
 
-    def __init__(self, prog: Program, scan: MemmapScan) -> None:
+    :param census: Adds levels and the columns of :data:`CENSUS_COLUMNS`.
+    :param mapped_nodes: uint16, shape (rows of the census, nodes): what each table maps; for the
+        column ``remote``.
+    """
+
+    def __init__(
+        self,
+        prog: Program,
+        scan: MemmapScan,
+        census: Census | None = None,
+        mapped_nodes: npt.NDArray[np.uint16] | None = None,
+    ) -> None:
         self._prog = prog
         self._scan = scan
+        self._census = census
+        self._mapped_nodes = mapped_nodes
         self._cache: dict[str, ColumnData] = {}
 
     def __len__(self) -> int:
@@ -66,7 +97,9 @@ class Listing:
     def column_names(self) -> list[str]:
         """Every column that this kernel's descriptors have."""
         members = list(self._scan.descriptors.dtype.names or ())
-        return [*COMPUTED_COLUMNS, *_SHORT_NAMES, *members, *(f"raw:{name}" for name in members)]
+        walked = CENSUS_COLUMNS if self._census is not None else ()
+        raw = (f"raw:{name}" for name in members)
+        return [*COMPUTED_COLUMNS, *walked, *_SHORT_NAMES, *members, *raw]
 
     def column(self, name: str) -> ColumnData:
         """
@@ -88,6 +121,10 @@ class Listing:
             if name == "order":
                 return ColumnData(values, scan.order_known, False)
             return ColumnData(values, everywhere, name in _ADDRESS_COLUMNS)
+        if name in CENSUS_COLUMNS:
+            if self._census is None:
+                raise UsageError(f"column {name!r} needs a walk of the address spaces")
+            return self._walked(self._census, name)
         is_raw = name.startswith("raw:")
         field = self._field_name(name[4:] if is_raw else name)
         values = scan.descriptors[field]
@@ -110,8 +147,59 @@ class Listing:
         if name == "node":
             return page_nodes(self._prog, scan.descriptors["pt_flags"])
         if name == "level":
-            return typed_levels(self._prog, scan)
+            return self._levels()
         return self._flag_names()
+
+    def _levels(self) -> npt.NDArray[Any]:
+        census = self._census
+        if census is None:
+            return typed_levels(self._prog, self._scan)
+        names = np.full(UNKNOWN_LEVEL + 1, "", "U8")
+        for number, level in enumerate(census.paging.levels):
+            names[number] = level.name
+        reached = names[census.level]
+        reached[census.level_conflict] = "?"
+        # What no space reaches may still tell its level by itself.
+        alone = typed_levels(self._prog, self._scan)
+        return np.where(census.level == UNKNOWN_LEVEL, alone, reached)
+
+    def _walked(self, census: Census, name: str) -> ColumnData:
+        everywhere = np.ones(len(self), np.bool_)
+        reached = census.reached_counts()
+        first = census.first_spaces()
+        if name == "space":
+            names = np.array([*(space.name for space in census.tables.spaces), ""])
+            return ColumnData(names[first], first >= 0, False)
+        if name == "reached":
+            return ColumnData(reached, everywhere, False)
+        if name == "holder":
+            holders = np.array([holder.name.lower() for holder in Holder])
+            return ColumnData(holders[census.holder], everywhere, False)
+        if name == "va":
+            return ColumnData(census.tables.va[census.first_rows()], first >= 0, True)
+        counts = census.entry_counts()
+        total = counts.sum(axis=1, dtype=np.int64)
+        used = total - counts[:, EntryClass.NONE]
+        if name == "used":
+            return ColumnData(used, total > 0, False)
+        if name == "empty":
+            return ColumnData((used == 0).astype(np.int64), total > 0, False)
+        if name == "fill":
+            return ColumnData(used * 100 // np.maximum(total, 1), total > 0, False)
+        return ColumnData(self._remote(census), total > 0, False)
+
+    def _remote(self, census: Census) -> npt.NDArray[Any]:
+        """Pages that the tables of each descriptor map on other nodes than their own."""
+        result = np.zeros(len(self), np.int64)
+        mapped = self._mapped_nodes
+        if mapped is None or mapped.shape[1] < 2:
+            return result
+        rows = np.flatnonzero((census.descriptor >= 0) & mapped.any(axis=1))
+        owner = census.descriptor[rows]
+        own_node = self.column("node").values[owner]
+        remote = mapped[rows].sum(axis=1, dtype=np.int64) - mapped[rows, own_node]
+        np.add.at(result, owner, remote)
+        return result
 
     def _flag_names(self) -> npt.NDArray[Any]:
         words, rows = np.unique(scan_flags(self._prog, self._scan), return_inverse=True)
@@ -152,9 +240,9 @@ class Listing:
         if base in ("pt_mm", "pt_list"):
             wanted = levels == "PGD" if arch == Architecture.X86_64 else levels != levels
         elif base in ("pmd_huge_pte", "pt_share_count"):
-            wanted = levels == "PMD"
+            wanted = (levels == "PMD") & ~self._bare()
         elif base == "ptl":
-            wanted = (levels == "PTE") | (levels == "PMD")
+            wanted = ((levels == "PTE") | (levels == "PMD")) & ~self._bare()
         elif base == "pt_frag_refcount":
             wanted = np.full(len(self), arch == Architecture.PPC64)
         elif base in ("pt_rcu_head", "_pt_pad_1", "pt_index", "_pt_s390_gaddr"):
@@ -164,11 +252,24 @@ class Listing:
         result: BoolArray = np.asarray(wanted, np.bool_)
         return result
 
+    def _bare(self) -> BoolArray:
+        """Kernel tables whose lock and deposits this kernel does not initialise."""
+        bit = flags_bit(self._prog, "PT_kernel")
+        if bit is None:
+            return np.zeros(len(self), np.bool_)
+        bare: BoolArray = (self._scan.descriptors["pt_flags"] & np.uint64(bit)) != 0
+        census = self._census
+        if census is not None:
+            kernel = np.array([*(space.kernel for space in census.tables.spaces), False])
+            bare |= kernel[census.first_spaces()]
+        return bare
+
     def select(
         self,
         conditions: Sequence[str] = (),
         sort: str | None = None,
         limit: int | None = None,
+        within: npt.NDArray[np.intp] | None = None,
     ) -> npt.NDArray[np.intp]:
         """
         Get the rows that meet all conditions, as indices.
@@ -176,9 +277,12 @@ class Listing:
         :param conditions: ``COLUMN OP VALUE`` with ``=``, ``!=``, ``<``, ``<=``, ``>``, ``>=``, or
             ``&`` (any of the bits). A row without a value in the column does not meet it.
         :param sort: A column; ``-COLUMN`` sorts the largest first. Else rows go by page frame.
+        :param within: Only these rows.
         :raises UsageError: for a malformed condition or an unknown column
         """
-        wanted = np.ones(len(self), np.bool_)
+        wanted = np.full(len(self), within is None, np.bool_)
+        if within is not None:
+            wanted[within] = True
         for condition in conditions:
             wanted &= self._meets(condition)
         rows = np.flatnonzero(wanted)

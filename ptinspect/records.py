@@ -136,6 +136,48 @@ class TypedCount:
 
 
 @dataclass(frozen=True)
+class LevelSummary:
+    """The tables of one level that user or kernel spaces reach, each table once."""
+
+    level: str
+    kernel: bool
+    #: Tables in pages that are typed as page tables.
+    typed: int
+    #: Tables in pages that are not: this kernel does not type that level, or they are boot tables.
+    untyped: int
+    table_bytes: int
+    #: Entries in use and in all, of the tables whose entries were read.
+    used_entries: int
+    all_entries: int
+    #: Tables without any entry, roots left out, and their bytes, which could be given back.
+    empty_tables: int
+    empty_bytes: int
+
+
+@dataclass(frozen=True)
+class NodePlacement:
+    """Leaf entries of the lowest level, by the node of their table and of the page they map."""
+
+    table_node: int
+    page_node: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class ReachedSummary:
+    """What the address spaces reach, beside what is typed."""
+
+    spaces: int
+    levels: tuple[LevelSummary, ...]
+    #: Typed descriptors that no address space reaches.
+    unexplained: int
+    #: Empty on a machine with one node.
+    placement: tuple[NodePlacement, ...]
+    #: What the walk could not see, in sentences; empty if it saw all.
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Page-table memory of one target."""
 

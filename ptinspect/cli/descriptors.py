@@ -4,15 +4,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
-from ptinspect.cli.output import ProgressLine, emit, format_option, target_heading
+from ptinspect.cli.census import survey
+from ptinspect.cli.output import emit, format_option, target_heading, walk_option
+from ptinspect.cli.spaces import find_space
 from ptinspect.cli.target_options import chosen_target, target_options
+from ptinspect.errors import UsageError
 from ptinspect.faces.descriptors import list_report, show_report
-from ptinspect.listing import DEFAULT_COLUMNS, Listing
+from ptinspect.listing import (
+    CENSUS_COLUMNS,
+    COMPUTED_COLUMNS,
+    DEFAULT_COLUMNS,
+    SCAN_COLUMNS,
+    Listing,
+)
 from ptinspect.locate import locate_ptdesc
+from ptinspect.reach import reach_of
+from ptinspect.reached import census_missing, scan_missing
 from ptinspect.state.fields import describe_ptdesc
-from ptinspect.tables.scan import scan_memmap
 from ptinspect.target import open_target
 
 
@@ -31,23 +43,29 @@ from ptinspect.target import open_target
 )
 @click.option(
     "--columns",
-    default=",".join(DEFAULT_COLUMNS),
-    show_default=True,
     metavar="A,B,...",
-    help="What to show: these, any member of struct ptdesc, or raw:MEMBER.",
+    help=f"What to show instead of {','.join(DEFAULT_COLUMNS)}: also "
+    f"{','.join(sorted({*COMPUTED_COLUMNS, *CENSUS_COLUMNS} - {*DEFAULT_COLUMNS}))}, "
+    "any member of struct ptdesc, or raw:MEMBER.",
 )
 @click.option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN: largest first.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
+@click.option("--space", metavar="NAME", help="Only tables that this space reaches: PID or kernel.")
+@click.option("--orphan", is_flag=True, help="Only what no address space reaches.")
+@walk_option
 @format_option
 def list_command(
     node: int | None,
     order: int | None,
+    space: str | None,
+    orphan: bool,
     level: str | None,
     flags: tuple[str, ...],
     conditions: tuple[str, ...],
-    columns: str,
+    columns: str | None,
     sort: str | None,
     limit: int | None,
+    walk: bool,
     output_format: str,
 ) -> int:
     """
@@ -65,27 +83,51 @@ def list_command(
         if value is not None
     )
     conditions += tuple(f"flags & {flag}" for flag in flags)
+    if orphan:
+        conditions += ("holder = unexplained",)
     with open_target(chosen_target()) as target:
-        progress = ProgressLine("Scanning the memory map")
-        try:
-            scan = scan_memmap(target.prog, progress)
-        finally:
-            progress.close()
-        listing = Listing(target.prog, scan)
-        names = [name.strip() for name in columns.split(",") if name.strip()]
-        rows = listing.select(conditions, sort, limit)
-        report = list_report(listing, scan, names, rows, target_heading(target))
+        seen = survey(target.prog, walk=walk)
+        listing = Listing(target.prog, seen.scan, seen.census, seen.mapped_nodes)
+        names = _column_names(columns, DEFAULT_COLUMNS if seen.census else SCAN_COLUMNS)
+        within = None
+        if space is not None:
+            if seen.census is None:
+                raise UsageError("--space needs a walk of the address spaces")
+            chosen = find_space(seen.census.spaces, space)
+            within = seen.census.reached_by(chosen)
+        rows = listing.select(conditions, sort, limit, within)
+        missing = scan_missing(seen.scan) if seen.census is None else census_missing(seen.census)
+        if seen.problem is not None:
+            missing.append(f"the tables could not be walked: {seen.problem}")
+        report = list_report(listing, names, rows, missing, target_heading(target))
     return emit(report, output_format)
+
+
+def _column_names(text: str | None, default: Sequence[str]) -> Sequence[str]:
+    if text is None:
+        return default
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @click.command("show")
 @target_options
 @click.argument("address", metavar="ADDR")
 @click.option("--level", metavar="LEVEL", help="Decode it as a table of this level.")
+@click.option(
+    "--entries",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="List at most N entries that are not empty.",
+)
+@walk_option
 @format_option
-def show_command(address: str, level: str | None, output_format: str) -> int:
+def show_command(
+    address: str, level: str | None, entries: int, walk: bool, output_format: str
+) -> int:
     """
-    One descriptor: every member, and what it means in this table.
+    One descriptor: every member and what it means in this table, what reaches it, what it holds.
 
     ADDR is a page frame number, a physical or direct-map address, or the address of a struct page
     or ptdesc; pfn:N, phys:ADDR, page:ADDR, ptdesc:ADDR and virt:ADDR leave no doubt. Members that
@@ -96,5 +138,19 @@ def show_command(address: str, level: str | None, output_format: str) -> int:
     with open_target(chosen_target()) as target:
         located = locate_ptdesc(target.prog, address)
         descriptor = describe_ptdesc(located.ptdesc, level)
-        report = show_report(descriptor, located.kind, located.is_tail, target_heading(target))
+        seen = survey(target.prog, walk=walk, leaf_counts=False)
+        reach = None
+        if seen.census is not None:
+            reach = reach_of(target.prog, seen.census, descriptor.pfn, descriptor.order)
+            descriptor = describe_ptdesc(
+                located.ptdesc, level or reach.level, of_kernel=reach.of_kernel
+            )
+        report = show_report(
+            descriptor,
+            located.kind,
+            located.is_tail,
+            reach,
+            target_heading(target),
+            entries=entries,
+        )
     return emit(report, output_format)

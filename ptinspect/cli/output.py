@@ -33,6 +33,15 @@ def format_option(function: _F) -> _F:
     )(function)
 
 
+def walk_option(function: _F) -> _F:
+    """Give a command ``--no-walk``; its value arrives as *walk*."""
+    return click.option(
+        "--walk/--no-walk",
+        default=True,
+        help="Walk all address spaces (the default), or only scan the memory map.",
+    )(function)
+
+
 def emit(report: Report, output_format: str) -> int:
     """
     Write an answer.

@@ -25,7 +25,7 @@ def choose_space(prog: Program, text: str) -> tuple[Space, SpaceList]:
     isolated = text.endswith(":kpti")
     by_slab = name.startswith("mm:")
     spaces = find_spaces(prog, slab=by_slab, isolated=isolated)
-    space = _find(spaces, name)
+    space = find_space(spaces, name)
     if isolated:
         wanted = space.mm.address if space.mm is not None else None
         for candidate in spaces.spaces:
@@ -36,7 +36,13 @@ def choose_space(prog: Program, text: str) -> tuple[Space, SpaceList]:
     return space, spaces
 
 
-def _find(spaces: SpaceList, name: str) -> Space:
+def find_space(spaces: SpaceList, name: str) -> Space:
+    """
+    Find the space that a person named among those that were found, user halves left out.
+
+    :raises UsageError: if there is no such space
+    :raises TargetError: if it is the kernel's and its root cannot be found
+    """
     if name == "kernel":
         if spaces.kernel is None:
             notes = "; ".join(note.message for note in spaces.notes)

@@ -6,30 +6,31 @@ from __future__ import annotations
 
 import click
 
-from ptinspect.cli.output import ProgressLine, emit, format_option, target_heading
+from ptinspect.cli.census import survey
+from ptinspect.cli.output import emit, format_option, target_heading, walk_option
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.summary import summary_report
 from ptinspect.summary import summarise
-from ptinspect.tables.scan import scan_memmap
 from ptinspect.target import open_target
 
 
 @click.command("summary")
 @target_options
+@walk_option
 @format_option
-def command(output_format: str) -> int:
+def command(walk: bool, output_format: str) -> int:
     """
-    Page-table memory in total: typed pages by node and order, beside NR_PAGETABLE.
+    Page-table memory in total: by node and order, by level, and beside NR_PAGETABLE.
 
     Example: ptinspect --sample x86_64-7.3 summary
     """
     with open_target(chosen_target()) as target:
-        progress = ProgressLine("Scanning the memory map")
-        try:
-            scan = scan_memmap(target.prog, progress)
-        finally:
-            progress.close()
+        seen = survey(target.prog, walk=walk)
         report = summary_report(
-            summarise(target.prog, scan), target_heading(target), racing=target.racing
+            summarise(target.prog, seen.scan),
+            seen.reached(),
+            target_heading(target),
+            problem=seen.problem,
+            racing=target.racing,
         )
     return emit(report, output_format)

@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+from ptinspect.faces.translate import kind_name
+from ptinspect.kernel.paging import EntryClass
 from ptinspect.listing import Listing
 from ptinspect.locate import AddressKind
+from ptinspect.reach import Reach
 from ptinspect.records import Descriptor, Field
-from ptinspect.tables.scan import MemmapScan
 
 #: Rows that become Python objects at a time.
 _BATCH = 10_000
@@ -21,21 +24,13 @@ _BATCH = 10_000
 
 def list_report(
     listing: Listing,
-    scan: MemmapScan,
     names: Sequence[str],
     rows: npt.NDArray[np.intp],
+    missing: Sequence[str],
     target: str,
 ) -> Report:
     """Lay out chosen columns of chosen descriptors."""
     columns = [Column(name, _kind(listing, name)) for name in names]
-    missing = []
-    if scan.unreadable_pages:
-        missing.append(
-            f"{scan.unreadable_pages} struct pages could not be read: descriptors may be missing"
-        )
-    unknown = int(np.count_nonzero(~scan.order_known))
-    if unknown:
-        missing.append(f"the order of {unknown} descriptors is unknown")
     return Report(
         "list",
         target,
@@ -68,8 +63,21 @@ def _rows(
         yield from zip(*cells)
 
 
-def show_report(descriptor: Descriptor, kind: AddressKind, is_tail: bool, target: str) -> Report:
-    """Lay out one descriptor in full."""
+def show_report(
+    descriptor: Descriptor,
+    kind: AddressKind,
+    is_tail: bool,
+    reach: Reach | None,
+    target: str,
+    *,
+    entries: int,
+) -> Report:
+    """
+    Lay out one descriptor in full.
+
+    :param reach: What reaches its tables and what they hold; ``None`` if there was no walk.
+    :param entries: How many entries to list.
+    """
     notes = []
     if is_tail:
         notes.append("The address lies in a tail page: this is the descriptor of its head page.")
@@ -121,9 +129,65 @@ def show_report(descriptor: Descriptor, kind: AddressKind, is_tail: bool, target
                 [_member_row(field) for field in descriptor.fields],
                 "Members",
             ),
+            *(() if reach is None else _reach_tables(reach, entries)),
         ),
         notes=notes,
+        missing=() if reach is None else reach.missing,
     )
+
+
+def _reach_tables(reach: Reach, entries: int) -> Iterator[Table]:
+    paging, spaces = reach.paging, reach.spaces
+    yield Table(
+        "parents",
+        (
+            Column("table", Kind.HEX),
+            Column("level"),
+            Column("space"),
+            Column("va", Kind.HEX),
+            Column("entry_at", Kind.HEX),
+        ),
+        [
+            (
+                owner.table,
+                paging.levels[owner.level].name,
+                spaces[owner.space].name,
+                owner.va,
+                owner.entry_address,
+            )
+            for owner in reach.owners
+        ],
+        f"Reached by (holder: {reach.holder or 'none'}); a root has no entry",
+    )
+    yield Table(
+        "contents",
+        (Column("table", Kind.HEX), Column("class"), Column("entries", Kind.COUNT)),
+        [
+            (contents.address, kind_name(kind), count)
+            for contents in reach.contents
+            for kind, count in contents.counts().items()
+        ],
+        "Entries by class",
+    )
+    if entries:
+        yield Table(
+            "entries",
+            (
+                Column("table", Kind.HEX),
+                Column("index", Kind.COUNT),
+                Column("entry", Kind.HEX),
+                Column("class"),
+            ),
+            list(islice(_entries(reach), entries)),
+            f"Entries that are not empty, the first {entries}",
+        )
+
+
+def _entries(reach: Reach) -> Iterator[tuple[Cell, ...]]:
+    for contents in reach.contents:
+        for index in np.flatnonzero(contents.kinds != EntryClass.NONE).tolist():
+            kind = EntryClass(int(contents.kinds[index]))
+            yield contents.address, index, int(contents.values[index]), kind_name(kind)
 
 
 def _member_row(field: Field) -> tuple[Cell, ...]:

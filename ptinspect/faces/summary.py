@@ -7,11 +7,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ptinspect.faces.report import Column, Kind, Report, Table
-from ptinspect.records import CounterReading, Summary
+from ptinspect.records import CounterReading, ReachedSummary, Summary
 
 
-def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
-    """Lay out a summary: typed pages by node and order, and the reconciliation."""
+def summary_report(
+    summary: Summary,
+    reached: ReachedSummary | None,
+    target: str,
+    *,
+    problem: str | None,
+    racing: bool,
+) -> Report:
+    """
+    Lay out a summary: typed pages by node and order, tables by level, and the reconciliation.
+
+    :param reached: ``None`` if there was no walk; *problem* says why, unless none was wanted.
+    """
     return Report(
         command="summary",
         target=target,
@@ -39,6 +50,7 @@ def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
                 ],
                 f"Pages typed as page tables ({target})",
             ),
+            *(() if reached is None else _reached(reached)),
             _accounting(summary),
             *_counter_parts(summary.counter),
             Table(
@@ -53,8 +65,65 @@ def summary_report(summary: Summary, target: str, *, racing: bool) -> Report:
             ),
         ),
         notes=tuple(_notes(summary, racing)),
-        missing=tuple(_missing(summary)),
+        missing=tuple(_missing(summary, reached, problem)),
     )
+
+
+def _reached(reached: ReachedSummary) -> Iterator[Table]:
+    yield Table(
+        "levels",
+        (
+            Column("level"),
+            Column("of"),
+            Column("typed", Kind.COUNT),
+            Column("untyped", Kind.COUNT),
+            Column("KiB", Kind.COUNT),
+            Column("fill_percent", Kind.COUNT),
+            Column("empty_tables", Kind.COUNT),
+            Column("empty_KiB", Kind.COUNT),
+        ),
+        [
+            (
+                level.level,
+                "kernel" if level.kernel else "user",
+                level.typed,
+                level.untyped,
+                level.table_bytes // 1024,
+                level.used_entries * 100 // level.all_entries if level.all_entries else None,
+                level.empty_tables,
+                level.empty_bytes // 1024,
+            )
+            for level in reached.levels
+        ],
+        "Tables that the address spaces reach, each once",
+    )
+    yield Table(
+        "reached",
+        (
+            Column("address_spaces", Kind.COUNT),
+            Column("typed_but_not_reached", Kind.COUNT),
+            Column("empty_user_KiB", Kind.COUNT),
+        ),
+        [
+            (
+                reached.spaces,
+                reached.unexplained,
+                sum(level.empty_bytes for level in reached.levels if not level.kernel) // 1024,
+            )
+        ],
+        single=True,
+    )
+    if reached.placement:
+        yield Table(
+            "placement",
+            (
+                Column("table_node", Kind.COUNT),
+                Column("page_node", Kind.COUNT),
+                Column("entries", Kind.COUNT),
+            ),
+            [(p.table_node, p.page_node, p.entries) for p in reached.placement],
+            "Mapped pages by the node of their table and their own",
+        )
 
 
 def _accounting(summary: Summary) -> Table:
@@ -113,10 +182,17 @@ def _notes(summary: Summary, racing: bool) -> Iterator[str]:
         yield "Typed pages and NR_PAGETABLE disagree: tables leaked, or were freed uncounted."
 
 
-def _missing(summary: Summary) -> Iterator[str]:
-    if summary.unreadable_pages:
-        yield f"{summary.unreadable_pages} struct pages could not be read"
-    if summary.unknown_orders:
-        yield f"the order of {summary.unknown_orders} descriptors is unknown: counted as one page"
+def _missing(
+    summary: Summary, reached: ReachedSummary | None, problem: str | None
+) -> Iterator[str]:
+    if problem is not None:
+        yield f"the tables could not be walked: {problem}"
+    if reached is not None:
+        yield from reached.missing
+    else:
+        if summary.unreadable_pages:
+            yield f"{summary.unreadable_pages} struct pages could not be read"
+        if summary.unknown_orders:
+            yield f"the order of {summary.unknown_orders} descriptors is unknown"
     if summary.counter is None:
         yield summary.counter_problem or "NR_PAGETABLE could not be read"

@@ -6,16 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from ptinspect.census import Census
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 from ptinspect.kernel.paging import EntryClass, Paging, Permission
+from ptinspect.reached import census_missing
 from ptinspect.tables.lookup import Outcome, PageOwner, TableOwner, Translation
 from ptinspect.tables.ranges import SpaceMap
 from ptinspect.tables.spaces import Space
 from ptinspect.tables.steps import DescribedStep
-from ptinspect.tables.walk import RowState
 
 _LETTERS = (
     (Permission.READ, "r"),
@@ -47,7 +45,8 @@ def level_name(paging: Paging, level: int) -> str:
     return names.name
 
 
-def _kind_name(kind: EntryClass | None) -> str | None:
+def kind_name(kind: EntryClass | None) -> str | None:
+    """Write the class of an entry."""
     return None if kind is None else kind.name.lower().replace("_", " ")
 
 
@@ -88,7 +87,7 @@ def walk_report(
                         described.step.index,
                         described.step.entry_address,
                         described.step.value,
-                        _kind_name(described.step.kind),
+                        kind_name(described.step.kind),
                         permission_letters(described.step.permissions),
                     )
                     for described in steps
@@ -145,7 +144,7 @@ def map_report(paging: Paging, mapped: SpaceMap, target: str) -> Report:
                         (r.end - r.start) // 1024,
                         paging.levels[r.level].name,
                         r.page_bytes // 1024,
-                        _kind_name(r.kind),
+                        kind_name(r.kind),
                         permission_letters(r.permissions),
                         " ".join(r.attributes),
                         r.physical,
@@ -213,7 +212,7 @@ def _owners(
         yield "table", name, level, owner.va, owner.entry_address, None, None
     for page in pages:
         yield (
-            _kind_name(page.kind),
+            kind_name(page.kind),
             spaces[page.space].name,
             levels[page.level].name,
             page.va,
@@ -221,14 +220,3 @@ def _owners(
             page.value,
             permission_letters(page.permissions),
         )
-
-
-def census_missing(census: Census) -> list[str]:
-    """Say what a census could not see."""
-    missing = [f"{note.source}: {note.message}" for note in census.spaces.notes]
-    if census.scan.unreadable_pages:
-        missing.append(f"{census.scan.unreadable_pages} struct pages could not be read")
-    lost = np.count_nonzero(np.isin(census.tables.state, (RowState.UNREADABLE, RowState.OUTSIDE)))
-    if lost:
-        missing.append(f"{lost} tables could not be read, or lie outside memory")
-    return missing

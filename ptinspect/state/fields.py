@@ -31,6 +31,7 @@ from ptinspect.kernel.descriptor import (
     ptdesc_is_native,
     ptdesc_page,
     ptdesc_pfn,
+    ptdesc_test_kernel,
     ptdesc_type,
 )
 from ptinspect.kernel.layout import describe_ptl
@@ -67,13 +68,14 @@ def architecture(prog: Program) -> Architecture:
     return prog.platform.arch
 
 
-def describe_ptdesc(pt: Object, level: str | None = None) -> Descriptor:
+def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = False) -> Descriptor:
     """
     Decode one descriptor, as far as it and its neighbours in lists tell.
 
     :param pt: ``struct ptdesc *``
     :param level: The table's level where it is known from a walk; else it is told from the
         descriptor if that is possible.
+    :param of_kernel: Whether a walk found it in the kernel's address space.
     :raises FaultError: if the descriptor itself cannot be read
     """
     prog = pt.prog_
@@ -83,7 +85,11 @@ def describe_ptdesc(pt: Object, level: str | None = None) -> Descriptor:
     order, order_known = compound_orders(prog, np.array([pt.value_()], np.uint64), raw)
     if level is None:
         level = str(descriptor_levels(prog, np.array([pfn], np.uint64), raw, order)[0]) or None
-    facts = _Facts(prog, pt, raw[0], page_is_pgtable(page), level)
+    typed = page_is_pgtable(page)
+    # Since PT_kernel exists, constructors leave lock and deposits of init_mm's tables alone
+    # (include/linux/mm.h); architectures that do not set the flag skip them all the same.
+    marked = ptdesc_test_kernel(pt)
+    facts = _Facts(prog, pt, raw[0], typed, level, marked is not None and (marked or of_kernel))
     try:
         address = int(pfn_to_virt(prog, pfn).value_())
     except (LookupError, ValueError, FaultError):
@@ -165,6 +171,8 @@ class _Facts:
     raw: np.void
     typed: bool
     level: str | None
+    #: A kernel table on a kernel that does not initialise lock and deposits of such tables.
+    bare: bool
 
     def word(self, name: str) -> int:
         return int(self.raw[name])
@@ -246,6 +254,8 @@ def _points_to(prog: Program, address: int, target: int) -> bool:
 
 def _pmd_huge_pte(facts: _Facts) -> _Answer:
     value = facts.word("pmd_huge_pte")
+    if facts.bare:
+        return FieldState.STALE, "a kernel table: never initialised"
     if facts.level == "PMD":
         return FieldState.VALUE, "no deposited tables" if not value else "first deposited table"
     if facts.level is not None:
@@ -320,6 +330,8 @@ def _share_count(facts: _Facts) -> _Answer:
 
 def _ptl(facts: _Facts) -> _Answer:
     kind = describe_ptl(ptdesc_type(facts.prog))
+    if facts.bare:
+        return FieldState.STALE, "a kernel table: never initialised"
     if facts.level in ("PTE", "PMD"):
         held = "" if facts.word("ptl") else ", 0: unlocked"
         return FieldState.VALUE, kind + held

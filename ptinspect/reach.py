@@ -1,0 +1,72 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One descriptor in the census: what reaches its tables, and what they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drgn import Program
+
+from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
+from ptinspect.kernel.paging import Paging
+from ptinspect.reached import census_missing
+from ptinspect.tables.contents import Contents, read_contents
+from ptinspect.tables.lookup import TableOwner, table_owners
+from ptinspect.tables.spaces import Space
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The tables in the page (or pages) of one descriptor."""
+
+    paging: Paging
+    spaces: tuple[Space, ...]
+    #: Every entry and root that leads to them.
+    owners: tuple[TableOwner, ...]
+    #: Each of them once; what cannot be read is left out and stands in *missing*.
+    contents: tuple[Contents, ...]
+    #: Name of what accounts for the page; ``None`` if it is not typed.
+    holder: str | None
+    #: The kernel's name of the level; ``None`` if it is not reached.
+    level: str | None
+    missing: tuple[str, ...]
+
+    @property
+    def of_kernel(self) -> bool:
+        """Whether the kernel's space reaches them."""
+        return any(self.spaces[owner.space].kernel for owner in self.owners)
+
+
+def reach_of(prog: Program, census: Census, pfn: int, order: int) -> Reach:
+    """
+    Find what reaches the tables of a page.
+
+    :param pfn: The head page.
+    """
+    page_bytes = census.paging.page_bytes
+    first, end = pfn * page_bytes, (pfn + (1 << order)) * page_bytes
+    tables = census.tables
+    inside = (tables.address >= first) & (tables.address < end)
+    owners: list[TableOwner] = []
+    contents = []
+    missing = census_missing(census)
+    for address in sorted(set(tables.address[inside].tolist())):
+        found = table_owners(tables, address)
+        owners.extend(found)
+        held = read_contents(prog, census.paging, address, found[0].level) if found else None
+        if held is not None:
+            contents.append(held)
+        elif found:
+            missing.append(f"the table at {address:#x} cannot be read")
+    index = census.index_of_pfn(pfn)
+    level = owners[0].level if owners else UNKNOWN_LEVEL
+    return Reach(
+        paging=census.paging,
+        spaces=tables.spaces,
+        owners=tuple(owners),
+        contents=tuple(contents),
+        holder=None if index is None else Holder(int(census.holder[index])).name.lower(),
+        level=None if level == UNKNOWN_LEVEL else census.paging.levels[level].name,
+        missing=tuple(missing),
+    )
