@@ -70,10 +70,11 @@ def by_name(name: str, what: str = "--architecture") -> TargetArchitecture:
     raise TargetError(f"{what}: unsupported architecture {name!r} (supported: {supported_names()})")
 
 
-def by_platform(platform: Platform) -> TargetArchitecture:
+def by_platform(what: str, platform: Platform) -> TargetArchitecture:
     """
     Find an architecture by drgn's platform.
 
+    :param what: The target, for the message.
     :raises TargetError: if it is not supported, among them any 32-bit or wrongly ordered one
     """
     for architecture in SUPPORTED:
@@ -82,7 +83,7 @@ def by_platform(platform: Platform) -> TargetArchitecture:
     little = "little" if platform.flags & PlatformFlags.IS_LITTLE_ENDIAN else "big"
     bits = 64 if platform.flags & PlatformFlags.IS_64_BIT else 32
     raise TargetError(
-        f"unsupported architecture: {bits}-bit {little}-endian {platform.arch.name.lower()} "
+        f"{what}: unsupported architecture: {bits}-bit {little}-endian {platform.arch.name.lower()} "
         f"(supported: {supported_names()})"
     )
 

@@ -144,7 +144,7 @@ def _check_belongs(prog: Program, path: Path, kernel_id: str | None) -> None:
     """Refuse a vmlinux of another kernel. drgn would ignore it and name something else missing."""
     elf, build_id = read_symbols_header(path)
     assert prog.platform is not None
-    expected = architecture.by_platform(prog.platform)
+    expected = architecture.by_platform("the target", prog.platform)
     if elf.machine != expected.machine:
         raise DebugInfoError(
             f"--symbols {path}: ELF machine {elf.machine}, but the target is {expected.name}"

@@ -66,7 +66,7 @@ def _attach(
     except Exception as error:
         raise TargetError(f"{name}: {error}") from None
     assert prog.platform is not None
-    found = architectures.by_platform(prog.platform)
+    found = architectures.by_platform(name, prog.platform)
     if wanted is not None and wanted != found:
         raise TargetError(f"{name}: --architecture {wanted.name}, but the guest is {found.name}")
     notes: tuple[str, ...] = ()

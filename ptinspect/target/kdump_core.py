@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from drgn import Program
+from drgn import Architecture, Platform, Program
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
@@ -49,16 +49,9 @@ def open_kdump(
         notes += ("flattened kdump",)
     text = note if note is not None else dump.vmcoreinfo
     if text is None:
-        base = _physical(path, found, dump)
-        text, how = recovery.find_note(str(path), base, found, dump.ranges)
+        text, how = recovery.find_note(str(path), _physical(path, dump), found, dump.ranges)
         notes += (how,)
-    if vmcoreinfo.page_size(text) == dump.block_size:
-        prog = _program(path, found, text)
-    else:
-        # libkdumpfile knows but one page size; so it reads pages of the file's size, and drgn
-        # translates addresses with the kernel's.
-        base = _physical(path, found, dump)
-        prog = recovery.with_note(base, found, text, live=False)
+    prog = _kernel(path, dump, found, text)
     return Target(prog, TargetKind.CORE, str(path), racing=False, notes=notes)
 
 
@@ -73,24 +66,51 @@ def _architecture(path: Path, dump: Kdump, wanted: TargetArchitecture | None) ->
     return found
 
 
-def _physical(path: Path, architecture: TargetArchitecture, dump: Kdump) -> Program:
+def _kernel(path: Path, dump: Kdump, architecture: TargetArchitecture, text: bytes) -> Program:
+    """
+    The kernel program of a kdump file.
+
+    libkdumpfile knows one page size, the file's, which need not be the kernel's; on ppc64 it knows
+    nothing but 64 KiB, and on s390x it wants a pointer in the lowcore. Where that gets in the way,
+    a second program translates addresses and this one only reads pages.
+
+    :param text: VMCOREINFO.
+    """
+    if vmcoreinfo.page_size(text) == dump.block_size:
+        try:
+            prog = _program(path, architecture.platform, text)
+            if dump.ranges:
+                prog.read(dump.ranges[0][0], 1, True)
+        except Exception:
+            # Whatever is really wrong with the file comes out below.
+            pass
+        else:
+            return prog
+    return recovery.with_note(_physical(path, dump), architecture, text, live=False)
+
+
+def _physical(path: Path, dump: Kdump) -> Program:
     """
     A program that can do nothing but read physical memory from a kdump file.
 
-    Neither drgn nor libkdumpfile opens one without a VMCOREINFO, so it gets the least that they
-    accept; no address is translated with it.
+    libkdumpfile prepares to translate addresses even if none is: so the file is given out for one
+    of x86_64, the architecture that needs the least for it, with just these fields of VMCOREINFO.
+    The pages are the same in all of them.
     """
-    least = f"OSRELEASE=5.0.0\nPAGESIZE={dump.block_size}\nSYMBOL(swapper_pg_dir)=1\n"
-    return _program(path, architecture, least.encode())
-
-
-def _program(path: Path, architecture: TargetArchitecture, note: bytes) -> Program:
+    least = (
+        f"OSRELEASE=5.0.0\nPAGESIZE={dump.block_size}\nSYMBOL(swapper_pg_dir)=1\n"
+        "NUMBER(pgtable_l5_enabled)=0\nNUMBER(phys_base)=0\nKERNELOFFSET=0\n"
+    )
     try:
-        prog = Program(architecture.platform, vmcoreinfo=note)
-        with _page_table_reader(), drgn_log.without("flattened"):
-            prog.set_core_dump(path)
+        return _program(path, Platform(Architecture.X86_64), least.encode())
     except Exception as error:
         raise TargetError(f"{path}: {error}") from None
+
+
+def _program(path: Path, platform: Platform, text: bytes) -> Program:
+    prog = Program(platform, vmcoreinfo=text)
+    with _page_table_reader(), drgn_log.without("flattened"):
+        prog.set_core_dump(path)
     return prog
 
 

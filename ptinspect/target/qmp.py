@@ -29,7 +29,7 @@ from ptinspect.errors import TargetError
 #: Seconds within which QEMU greets a client, which it does at once unless it has another one.
 _GREETING_SECONDS = 5.0
 #: Seconds for a reply; a busy QEMU may take a while, a dead one never answers.
-_REPLY_SECONDS = 60.0
+_REPLY_SECONDS = 30.0
 #: A greeting is some hundred bytes; whoever sends more without a newline does not speak QMP.
 _MOST_GREETING_BYTES = 65536
 
