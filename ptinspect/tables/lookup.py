@@ -102,7 +102,7 @@ def walk_address(
     Translate one address, step by step.
 
     :param memory: Where the target has memory.
-    :param kernel: Whether the space is the kernel's, whose memory is never swapped.
+    :param kernel: Whether the space is the kernel's (:meth:`Paging.kernel_kinds`).
     """
     slot = paging.index_of(root, address)
     if slot is None:
@@ -122,9 +122,10 @@ def walk_address(
             steps.append(Step(level, table, slot, None, None, None))
             return Translation(address, Outcome.UNREADABLE, tuple(steps))
         value = paging.values(np.frombuffer(data, np.uint64))
-        kind = EntryClass(paging.classify(value, level)[0])
-        if kernel and kind > EntryClass.PROT_NONE and kind is not EntryClass.BAD:
-            kind = EntryClass.PROT_NONE
+        kinds = paging.classify(value, level)
+        if kernel:
+            kinds = paging.kernel_kinds(kinds, value, level)
+        kind = EntryClass(int(kinds[0]))
         own = None
         if kind in (EntryClass.TABLE, *_MAPPING):
             leaf = kind is not EntryClass.TABLE
@@ -263,13 +264,13 @@ def _page_owners(
     paging = tables.paging
     shape = paging.levels[level]
     kinds = paging.classify(values, level)
+    kernel = np.array([space.kernel for space in tables.spaces], np.bool_)[tables.space[rows]]
+    kinds = np.where(kernel, paging.kernel_kinds(kinds, values, level), kinds)
     targets = paging.leaf_targets(values, level, slots)
     permissions = paging.permissions(values, level, leaf=True) & tables.permissions[rows]
     for n, row in enumerate(rows.tolist()):
         space = tables.spaces[int(tables.space[row])]
         kind = EntryClass(int(kinds[n]))
-        if space.kernel and kind > EntryClass.PROT_NONE and kind is not EntryClass.BAD:
-            kind = EntryClass.PROT_NONE
         offset = address - int(targets[n])
         if kind not in _MAPPING or not 0 <= offset < shape.entry_span:
             continue

@@ -147,8 +147,7 @@ def _level_parts(
         entries = filled_entries(paging, raw_entries(batch.data)[which], level)
         kind = entries.kind
         if space.kernel:
-            swap_like = (kind > EntryClass.PROT_NONE) & (kind < EntryClass.BAD)
-            kind = np.where(swap_like, np.uint8(EntryClass.PROT_NONE), kind)
+            kind = paging.kernel_kinds(kind, entries.value, level)
         wanted = np.isin(kind, kinds)
         if level == space.root.level:
             wanted &= _own(entries.slot, space)

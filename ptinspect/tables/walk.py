@@ -357,11 +357,35 @@ class _Walker:
             if foreign is not None:
                 counts[here, EntryClass.NONE] -= foreign.astype(np.uint16)
             if kernel[place].any():
-                _hide_swap(counts, here[self._is_kernel[frontier.space[here]]])
+                self._correct_kernel_counts(frontier, level, here, raw, counts)
             self._done += len(batch.data)
             if self._progress is not None:
                 self._progress(self._done, self._first_row + len(frontier.space))
         return children
+
+    def _correct_kernel_counts(
+        self,
+        frontier: _Frontier,
+        level: int,
+        rows: npt.NDArray[np.intp],
+        raw: EntryArray,
+        counts: CountArray,
+    ) -> None:
+        """Count hidden pages of kernel tables as such; see :meth:`Paging.kernel_kinds`."""
+        kernel = self._is_kernel[frontier.space[rows]]
+        rows = rows[kernel]
+        swap_like = counts[np.ix_(rows, _SWAP_LIKE)]
+        if swap_like.any():
+            counts[rows, EntryClass.PROT_NONE] += swap_like.sum(axis=1, dtype=np.uint16)
+            counts[np.ix_(rows, _SWAP_LIKE)] = 0
+        hidden = self._paging.levels[level].kernel_hidden
+        if hidden is not None and counts[rows, EntryClass.LEAF].any():
+            entries = filled_entries(self._paging, raw[kernel], level)
+            leaf = entries.kind == EntryClass.LEAF
+            unseen = leaf & ((entries.value & np.uint64(hidden.mask)) == np.uint64(hidden.value))
+            number = np.bincount(entries.row[unseen], minlength=len(rows)).astype(np.uint16)
+            counts[rows, EntryClass.LEAF] -= number
+            counts[rows, EntryClass.PROT_NONE] += number
 
     def _only_own_entries(
         self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], raw: EntryArray
@@ -437,11 +461,3 @@ class _Walker:
             slot=slot,
             permissions=placed("permissions"),
         )
-
-
-def _hide_swap(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
-    """Count non-present entries of kernel tables as hidden pages."""
-    counts[rows, EntryClass.PROT_NONE] += counts[np.ix_(rows, _SWAP_LIKE)].sum(
-        axis=1, dtype=np.uint16
-    )
-    counts[np.ix_(rows, _SWAP_LIKE)] = 0

@@ -349,9 +349,7 @@ def _x86_mode(levels: int, c_bit: int = 0) -> Mode:
 
     return Mode(
         name=f"x86_64 {levels}-level" + (" encrypted" if c_bit else ""),
-        paging=x86_64.make_paging(
-            five_levels=levels == 5, physical_mask=((1 << 52) - 1) & ~c_bit
-        ),
+        paging=x86_64.make_paging(five_levels=levels == 5, physical_mask=((1 << 52) - 1) & ~c_bit),
         table=table,
         leaf=leaf,
         hidden=hidden,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -27,9 +28,15 @@ OUTCOMES = {
 pytestmark = pytest.mark.parametrize("mode", MODES, ids=str)
 
 
+@cache
+def random_tree(mode: str, seed: int) -> Tree:
+    """The tests only read a tree, so one of each kind is enough."""
+    return build_tree(next(m for m in MODES if m.name == mode), Random(seed))
+
+
 @pytest.fixture(params=range(3))
 def tree(mode: Mode, request: pytest.FixtureRequest) -> Tree:
-    return build_tree(mode, Random(request.param))
+    return random_tree(mode.name, request.param)
 
 
 def space_of(tree: Tree) -> Space:

@@ -132,6 +132,8 @@ class Level:
     leaf_permissions: tuple[PermissionRule, ...] = ()
     #: Bit at which a swap-like entry has its swap type.
     swap_type_shift: int = 0
+    #: Leaves of kernel tables that the hardware does not see. In user tables they are only old.
+    kernel_hidden: Match | None = None
     #: Consecutive entries that one contiguous hint joins, and the bit of the hint.
     contiguous: tuple[int, int] | None = None
 
@@ -232,6 +234,22 @@ class Paging:
             types = values[swap] >> np.uint64(self.levels[level].swap_type_shift) & np.uint64(31)
             result[swap] = self._swap_lut()[types]
         return result
+
+    def kernel_kinds(self, kinds: ClassArray, values: EntryArray, level: int) -> ClassArray:
+        """
+        Correct the classes of entries that are in tables of a kernel space.
+
+        Kernel memory is never swapped: what looks like it is a page that was taken out of the
+        mapping and kept (``set_memory_np()``, ``debug_pagealloc``), and is called PROT_NONE too.
+
+        :param kinds: What :meth:`classify` says of *values*.
+        """
+        hidden = (kinds > EntryClass.PROT_NONE) & (kinds < EntryClass.BAD)
+        match = self.levels[level].kernel_hidden
+        if match is not None:
+            unseen = (values & np.uint64(match.mask)) == np.uint64(match.value)
+            hidden |= unseen & (kinds == EntryClass.LEAF)
+        return np.where(hidden, np.uint8(EntryClass.PROT_NONE), kinds)
 
     def _swap_lut(self) -> ClassArray:
         if "swap" not in self._luts:

@@ -145,6 +145,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 rules=_PTE_RULES,
                 empty=PAGE_INVALID,
                 usual_leaf=Match(PAGE_PRESENT | PAGE_READ, PAGE_PRESENT | PAGE_READ),
+                kernel_hidden=Match(PAGE_INVALID, PAGE_INVALID),
                 leaf_address=(AddressField(_ORIGIN),),
                 leaf_permissions=_LEAF_PERMISSIONS,
                 swap_type_shift=2,
@@ -161,6 +162,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 table_permissions=_TABLE_PERMISSIONS,
                 leaf_permissions=_LEAF_PERMISSIONS,
                 swap_type_shift=6,
+                kernel_hidden=Match(INVALID, INVALID),
             ),
             Level(
                 name="PUD",
@@ -174,6 +176,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 table_permissions=_TABLE_PERMISSIONS,
                 leaf_permissions=_LEAF_PERMISSIONS,
                 swap_type_shift=6,
+                kernel_hidden=Match(INVALID, INVALID),
             ),
             _upper_level("P4D", "region-2", 42, 0x08),
             _upper_level("PGD", "region-1", 53, 0x0C),

@@ -1,0 +1,301 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The walk of each sample against what its kernel said, and against drgn's own walker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from drgn import FaultError, Program
+from drgn.helpers.linux.mm import follow_phys
+from opened import Sample
+
+from ptinspect.census import Census, Holder, join
+from ptinspect.kernel.descriptor import pfn_to_ptdesc, ptdesc_member
+from ptinspect.kernel.paging import EntryClass, Paging, Permission, paging_of
+from ptinspect.tables.lookup import Outcome, page_owners, walk_address
+from ptinspect.tables.physical import physical_ranges
+from ptinspect.tables.ranges import SpaceMap, map_space
+from ptinspect.tables.spaces import Found, Space, SpaceKind, SpaceList, find_spaces
+from ptinspect.tables.usage import space_usage
+from ptinspect.tables.walk import RowState, Tables, walk_spaces
+
+VMCORES = Path(__file__).parents[2] / "vmcores"
+
+#: PTE of s390 that is present for the kernel, but invalid for the hardware while it is old.
+S390_PAGE_INVALID = 0x400
+
+
+class Walked(NamedTuple):
+    paging: Paging
+    spaces: SpaceList
+    tables: Tables
+    census: Census
+
+
+def walked(sample: Sample) -> Walked:
+    """Walk a sample, once."""
+    prog = sample.prog
+    if "test_walk" not in prog.cache:
+        prog.cache["test_walk"] = walk(sample)
+    found = prog.cache["test_walk"]
+    assert isinstance(found, Walked)
+    return found
+
+
+def walk(sample: Sample) -> Walked:
+    prog = sample.prog
+    paging = paging_of(prog)
+    spaces = find_spaces(prog)
+    tables = walk_spaces(prog, paging, spaces.spaces, memory=physical_ranges(prog))
+    return Walked(paging, spaces, tables, join(spaces, tables, sample.scan))
+
+
+def mapped(sample: Sample, space: Space) -> SpaceMap:
+    """Map a space, once."""
+    prog = sample.prog
+    key = ("test_walk", space.root)
+    if key not in prog.cache:
+        prog.cache[key] = map_space(prog, walked(sample).paging, space)
+    found = prog.cache[key]
+    assert isinstance(found, SpaceMap)
+    return found
+
+
+def processes(sample: Sample) -> Iterator[tuple[dict[str, object], Space]]:
+    for process in sample.truth["processes"]:
+        space = walked(sample).spaces.of_pid(process["pid"])
+        assert space is not None, process["name_escaped"]
+        yield process, space
+
+
+def deposits(prog: Program, paging: Paging, tables: Tables, rows: np.ndarray) -> int:
+    """Count the spare tables of huge pages that hang on PMD tables (pmd_huge_pte)."""
+    if paging.architecture == "s390x":
+        # Its samples have no huge pages.
+        return 0
+    count = 0
+    for row in rows[tables.level[rows] == 1]:
+        pmd = pfn_to_ptdesc(prog, int(tables.address[row]) // paging.page_bytes)
+        page = ptdesc_member(pmd, "pmd_huge_pte").value_()
+        if not page:
+            continue
+        # A ring of list nodes without a head, in the descriptors of the spare tables.
+        head = here = page + 8
+        while True:
+            count += 1
+            here = prog.read_u64(here)
+            if here == head:
+                break
+    return count
+
+
+def test_everything_is_found_and_read(sample: Sample) -> None:
+    paging, spaces, tables, _ = walked(sample)
+    assert spaces.notes == ()
+    assert spaces.kernel is not None
+    assert tables.complete
+    assert {RowState(state) for state in tables.state} <= {RowState.READ, RowState.SHARED}
+    for space in spaces.spaces:
+        if space.kind is SpaceKind.USER:
+            assert Found.SLAB in space.found
+            if paging.architecture == "x86_64":
+                assert Found.PGD_LIST in space.found
+
+
+def test_walked_tables_are_what_the_kernel_counted(sample: Sample) -> None:
+    """Tables x size = mm->pgtables_bytes = VmPTE, exactly; spare tables of huge pages included."""
+    paging, spaces, tables, _ = walked(sample)
+    usage = space_usage(tables)
+    told = {process["pid"]: process["vm_pte_kb"] * 1024 for process in sample.truth["processes"]}
+    checked = 0
+    for number, space in enumerate(spaces.spaces):
+        if space.kind is not SpaceKind.USER:
+            continue
+        assert space.mm is not None
+        rows = tables.rows_of_space(number)
+        spare = deposits(sample.prog, paging, tables, rows) * paging.levels[0].table_bytes
+        assert usage.accounted_bytes[number] + spare == space.mm.pgtables_bytes, space.name
+        for task in space.tasks:
+            assert told[task.pid] == space.mm.pgtables_bytes // 1024 * 1024, space.name
+            checked += 1
+    assert checked == len(told)
+
+
+def test_pagemap_counts(sample: Sample) -> None:
+    """Present and swapped pages of every mapping."""
+    page = walked(sample).paging.page_bytes
+    for process, space in processes(sample):
+        ranges = mapped(sample, space).ranges
+        for mapping in process["pagemap"]:  # type: ignore[attr-defined]
+            start, end = int(mapping["start"], 16), int(mapping["end"], 16)
+            present = swapped = 0
+            for area in ranges:
+                pages = (min(end, area.end) - max(start, area.start)) // page
+                if pages > 0 and area.kind in (EntryClass.LEAF, EntryClass.PROT_NONE):
+                    present += pages
+                elif pages > 0:
+                    swapped += pages
+            assert (present, swapped) == (mapping["present"], mapping["swapped"]), mapping["start"]
+
+
+def test_pagemap_pages(sample: Sample) -> None:
+    """Page frames of sampled addresses."""
+    paging = walked(sample).paging
+    differing = []
+    for process, space in processes(sample):
+        for mapping in process["pagemap"]:  # type: ignore[attr-defined]
+            for text, raw_text in mapping["pages"]:
+                address, raw = int(text, 16), int(raw_text, 16)
+                found = walk_address(sample.prog, paging, space.root, address)
+                if raw >> 63:
+                    frame = raw & ((1 << 55) - 1)
+                    same = found.physical == frame * paging.page_bytes
+                elif raw >> 62 & 1:
+                    same = found.outcome is Outcome.NOT_PRESENT
+                else:
+                    same = found.outcome is Outcome.NOT_MAPPED
+                if not same:
+                    differing.append((process["pid"], address))
+    # The reporter is a process itself: while it reports it writes to pages of its own.
+    assert {pid for pid, _ in differing} <= {1}
+    assert len(differing) <= 2
+
+
+def test_every_present_page_against_drgn(sample: Sample) -> None:
+    paging = walked(sample).paging
+    for _, space in processes(sample):
+        assert space.mm is not None
+        mm = space.mm.object(sample.prog)
+        for area in mapped(sample, space).ranges:
+            if area.kind is not EntryClass.LEAF:
+                continue
+            for address in range(area.start, area.end, paging.levels[area.level].entry_span):
+                found = walk_address(sample.prog, paging, space.root, address)
+                assert found.permissions == area.permissions
+                try:
+                    expected = int(follow_phys(mm, address))
+                except FaultError:
+                    value = found.steps[-1].value
+                    assert value is not None
+                    # drgn goes by the hardware's valid bit alone.
+                    assert paging.architecture == "s390x"
+                    assert value & S390_PAGE_INVALID
+                else:
+                    assert found.physical == expected
+
+
+def test_kernel_addresses_against_drgn(sample: Sample) -> None:
+    paging, spaces, _, _ = walked(sample)
+    assert spaces.kernel is not None
+    init_mm = sample.prog["init_mm"].address_of_()
+    for area in mapped(sample, spaces.kernel).ranges[:400]:
+        if area.kind is EntryClass.LEAF:
+            for address in (area.start, area.end - 1):
+                found = walk_address(sample.prog, paging, spaces.kernel.root, address)
+                assert found.physical == int(follow_phys(init_mm, address))
+
+
+class PtdumpLine(NamedTuple):
+    start: int
+    end: int
+    attributes: tuple[str, ...]
+
+
+def ptdump_lines(text: str) -> list[PtdumpLine]:
+    """Get the mapped ranges of debugfs page_tables, neighbours of one kind joined."""
+    lines: list[PtdumpLine] = []
+    for line in text.splitlines():
+        match = re.match(r"0x([0-9a-f]+)-0x([0-9a-f]+)\s+\S+\s(.*)", line)
+        if match is None:
+            continue
+        words = tuple(match[3].split())
+        if len(words) < 2 or "I" in words:
+            continue
+        start, end = int(match[1], 16), int(match[2], 16) or 1 << 64
+        words = tuple(word for word in words if word != "PSE")
+        append_joined(lines, PtdumpLine(start, end, words))
+    return lines
+
+
+def append_joined(lines: list[PtdumpLine], line: PtdumpLine) -> None:
+    if lines and lines[-1].end == line.start and lines[-1].attributes == line.attributes:
+        line = PtdumpLine(lines.pop().start, line.end, line.attributes)
+    lines.append(line)
+
+
+def as_ptdump(paging: Paging, space_map: SpaceMap) -> list[PtdumpLine]:
+    lines: list[PtdumpLine] = []
+    for area in space_map.ranges:
+        if area.kind is not EntryClass.LEAF:
+            continue
+        write = bool(area.permissions & Permission.WRITE)
+        execute = bool(area.permissions & Permission.EXECUTE_KERNEL)
+        level = paging.levels[area.level].name
+        if paging.architecture == "s390x":
+            words: tuple[str, ...] = (level, "RW" if write else "RO", "X" if execute else "NX")
+        else:
+            user = ("USR",) if area.permissions & Permission.USER else ()
+            flags = tuple(name for name in ("PWT", "PCD", "GLB") if name in area.attributes)
+            words = (*user, "RW" if write else "ro", *flags, "NX" if execute is False else "x")
+            words = (*words, level.lower())
+        append_joined(lines, PtdumpLine(area.start, area.end, words))
+    return lines
+
+
+def test_kernel_map_against_debugfs(sample: Sample) -> None:
+    """Every range of the kernel's own page-table dump, with its permissions and level."""
+    files = list((VMCORES / sample.name).glob("*page_tables*kernel.txt"))
+    files += list((VMCORES / sample.name).glob("kernel_page_tables*"))
+    files = [file for file in files if "current" not in file.name]
+    if not files:
+        pytest.skip("this kernel has no page_tables in debugfs")
+    (file,) = files
+    paging, spaces, _, _ = walked(sample)
+    assert spaces.kernel is not None
+    theirs = set(ptdump_lines(file.read_text()))
+    ours = set(as_ptdump(paging, mapped(sample, spaces.kernel)))
+    assert len(theirs) > 5
+    assert theirs - ours == set()
+    # Of the espfix area, which repeats one page 65,536 times, x86 prints the first lines only.
+    espfix = {0xFFFFFF0000000000 >> 39} if paging.architecture == "x86_64" else set()
+    assert {line.start >> 39 for line in ours - theirs} <= espfix
+
+
+def test_typed_pages_are_reached_or_deposited(sample: Sample) -> None:
+    _, _, tables, census = walked(sample)
+    paging = census.paging
+    kernel = np.array([space.kernel for space in tables.spaces])
+    # Kernel PMD tables do not have the field.
+    users = np.flatnonzero(~kernel[tables.space] & (tables.first < 0))
+    spare = deposits(sample.prog, paging, tables, users)
+    assert len(census.unexplained()) == spare
+    assert not census.level_conflict.any()
+    for level in census.levels():
+        if not level.kernel and level.level < 2:
+            assert not level.untyped
+    assert int((census.holder == Holder.TREE).sum()) + spare == len(sample.scan.pfns)
+    assert census.nbytes() < 200 * len(tables)
+
+
+def test_owners_of_a_shared_page(sample: Sample) -> None:
+    """A page of the program itself is mapped at the same address by all processes that run it."""
+    paging, spaces, tables, _ = walked(sample)
+    init = spaces.of_pid(1)
+    assert init is not None
+    area = next(a for a in mapped(sample, init).ranges if a.kind is EntryClass.LEAF)
+    assert area.physical is not None
+    owners = page_owners(sample.prog, tables, area.physical)
+    users = [o for o in owners if spaces.spaces[o.space].kind is SpaceKind.USER]
+    assert len({owner.space for owner in users}) > 1
+    for owner in owners:
+        space = spaces.spaces[owner.space]
+        found = walk_address(sample.prog, paging, space.root, owner.va, kernel=space.kernel)
+        assert found.physical == area.physical
+        assert found.steps[-1].entry_address == owner.entry_address
+        assert found.permissions == owner.permissions

@@ -1,0 +1,109 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Lists of the kernel: whole ones, and every way in which one breaks."""
+
+from __future__ import annotations
+
+import struct
+from random import Random
+
+import pytest
+from drgn import Architecture, Platform, Program
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_memory import BIG, DIRECT_MAP, LITTLE, PAGE, SparseMemory
+
+from ptinspect.lists import BreakReason, walk_list_at
+
+HEAD = DIRECT_MAP + 0x1000
+
+
+class Lists:
+    def __init__(self, big: bool = False) -> None:
+        self.memory = SparseMemory()
+        self.format = ">QQ" if big else "<QQ"
+        architecture = Architecture.S390X if big else Architecture.X86_64
+        self.prog = Program(Platform(architecture, BIG if big else LITTLE))
+        self.memory.attach(self.prog)
+
+    def node(self, address: int, next_: int, prev: int) -> None:
+        self.memory.add(address - DIRECT_MAP, 16)
+        self.memory.write(address - DIRECT_MAP, struct.pack(self.format, next_, prev))
+
+    def ring(self, addresses: list[int]) -> None:
+        ring = [HEAD, *addresses]
+        for n, address in enumerate(ring):
+            self.node(address, ring[(n + 1) % len(ring)], ring[n - 1])
+
+
+@given(st.sets(st.integers(2, 500), max_size=40), st.booleans(), st.randoms())
+def test_whole_list(places: set[int], big: bool, random: Random) -> None:
+    lists = Lists(big)
+    addresses = [DIRECT_MAP + 0x1000 * place for place in places]
+    random.shuffle(addresses)
+    lists.ring(addresses)
+    walk = walk_list_at(lists.prog, HEAD)
+    assert walk.nodes == tuple(addresses)
+    assert walk.broken is None
+
+
+NODES = [DIRECT_MAP + 0x1000 * n for n in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("node", "links", "reason", "seen"),
+    [
+        (NODES[1], (0, NODES[0]), BreakReason.NULL, 2),
+        (NODES[1], (0xDEAD000000000100, NODES[0]), BreakReason.POISON, 2),
+        (NODES[1], (0x5DEADBEEF0000100, NODES[0]), BreakReason.POISON, 2),
+        (NODES[1], (NODES[2], NODES[2]), BreakReason.BACK_LINK, 1),
+        (NODES[1], (NODES[0], NODES[0]), BreakReason.BACK_LINK, 2),
+        (NODES[1], (DIRECT_MAP + 0x99000, NODES[0]), BreakReason.UNREADABLE, 2),
+        (HEAD, (0, 0), BreakReason.NULL, 0),
+        (HEAD, (NODES[0], NODES[0]), BreakReason.BACK_LINK, 3),
+    ],
+)
+def test_broken_list(node: int, links: tuple[int, int], reason: BreakReason, seen: int) -> None:
+    lists = Lists()
+    lists.ring(NODES)
+    lists.node(node, *links)
+    walk = walk_list_at(lists.prog, HEAD)
+    assert walk.broken is not None
+    assert walk.broken.reason is reason
+    assert walk.nodes == tuple(NODES[:seen])
+    assert walk.broken.node == (NODES[seen - 1] if seen else HEAD)
+    assert hex(walk.broken.node) in str(walk.broken)
+
+
+def test_cycle_without_back_links() -> None:
+    lists = Lists()
+    lists.ring(NODES)
+    lists.node(NODES[2], NODES[1], NODES[1])
+    walk = walk_list_at(lists.prog, HEAD, back_links=False)
+    assert walk.broken is not None
+    assert walk.broken.reason is BreakReason.CYCLE
+    assert walk.nodes == tuple(NODES)
+
+
+def test_limit() -> None:
+    lists = Lists()
+    lists.ring(NODES)
+    walk = walk_list_at(lists.prog, HEAD, limit=2)
+    assert walk.broken is not None
+    assert walk.broken.reason is BreakReason.LIMIT
+    assert walk.nodes == tuple(NODES[:2])
+    assert walk_list_at(lists.prog, HEAD, limit=3).broken is None
+
+
+def test_head_that_cannot_be_read() -> None:
+    lists = Lists()
+    walk = walk_list_at(lists.prog, HEAD)
+    assert walk.broken is not None
+    assert walk.broken.reason is BreakReason.UNREADABLE
+
+
+def test_nodes_may_straddle_pages() -> None:
+    lists = Lists()
+    addresses = [DIRECT_MAP + 0x5000 - 8, DIRECT_MAP + 7 * PAGE - 8]
+    lists.ring(addresses)
+    assert walk_list_at(lists.prog, HEAD).nodes == tuple(addresses)
