@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -112,7 +114,8 @@ def boot(
             click.echo(f"vmlinux {booted.vmlinux}")
             click.echo(f"QMP socket {guest.qmp_socket}")
             say("the guest runs until Ctrl-C")
-            click.pause("")
+            with suppress(KeyboardInterrupt):
+                signal.pause()
 
 
 @commands.command("shrink")

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -26,6 +28,14 @@ _QEMU_PACKAGES = {
     "qemu-system-ppc64": "qemu-system-ppc",
     "qemu-system-riscv64": "qemu-system-misc",
 }
+
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, however it went."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Qmp:
@@ -125,7 +135,11 @@ class Guest:
         try:
             with self._errors.open("wb") as errors:
                 self._process = subprocess.Popen(
-                    self._command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=errors,
+                    stderr=errors,
+                    preexec_fn=_die_with_parent,
                 )
             self._control = self._connect()
         except BaseException:

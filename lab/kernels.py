@@ -285,7 +285,10 @@ def _unpack_kernel(arch: Arch, packages: dict[str, archive.Package], into: Path)
         deb = archive.download(packages[role])
         folder = into / f"unpacking-{role}"
         archive.extract(deb, patterns, folder)
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        # Some packages have a symbolic link from where the file was to where it is.
+        found = sorted(
+            path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+        )
         if role == "modules":
             for index, module in enumerate(arch.vmcoreinfo_modules):
                 paths = [path for path in found if path.name.split(".ko")[0] == module]
