@@ -67,7 +67,8 @@ def by_name(name: str, what: str = "--architecture") -> TargetArchitecture:
     for architecture in SUPPORTED:
         if name.lower() == architecture.name or name.lower() in architecture.aliases:
             return architecture
-    raise TargetError(f"{what}: unsupported architecture {name!r} (supported: {supported_names()})")
+    supported = supported_names()
+    raise TargetError(f"{what}: unsupported architecture {name!r} (supported: {supported})")
 
 
 def by_platform(what: str, platform: Platform) -> TargetArchitecture:
@@ -82,8 +83,9 @@ def by_platform(what: str, platform: Platform) -> TargetArchitecture:
             return architecture
     little = "little" if platform.flags & PlatformFlags.IS_LITTLE_ENDIAN else "big"
     bits = 64 if platform.flags & PlatformFlags.IS_64_BIT else 32
+    name = platform.arch.name.lower()
     raise TargetError(
-        f"{what}: unsupported architecture: {bits}-bit {little}-endian {platform.arch.name.lower()} "
+        f"{what}: unsupported architecture: {bits}-bit {little}-endian {name} "
         f"(supported: {supported_names()})"
     )
 

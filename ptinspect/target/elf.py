@@ -36,8 +36,8 @@ NT_AUXV = 6
 _PN_XNUM = 0xFFFF
 _ET_NAMES = {1: "a relocatable object", 2: "an executable", 3: "an executable or shared object"}
 
-#: Notes larger than this belong to no kernel dump; a garbled header must not exhaust memory.
-_MOST_NOTE_BYTES = 1 << 28
+#: No table or note is larger than this; a garbled header must not exhaust memory.
+_MOST_BYTES = 1 << 28
 
 
 class ElfError(Exception):
@@ -112,7 +112,7 @@ class ElfFile:
         else:
             ranges = [(s.offset, s.size) for s in self.sections if s.type == SHT_NOTE]
         for offset, size in ranges:
-            data = os.pread(self.fd, min(size, _MOST_NOTE_BYTES), offset)
+            data = _pread(self.fd, size, offset)
             yield from parse_notes(data, self.little_endian)
 
     def build_id(self) -> str | None:
@@ -121,6 +121,13 @@ class ElfFile:
             if note.name == b"GNU" and note.type == NT_GNU_BUILD_ID:
                 return note.desc.hex()
         return None
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    """Read what there is of a range that a header names, however absurd it is."""
+    if offset >= 1 << 62:
+        return b""
+    return os.pread(fd, min(size, _MOST_BYTES), offset)
 
 
 def parse_notes(data: bytes, little_endian: bool) -> Iterator[Note]:
@@ -171,7 +178,7 @@ def read_elf(fd: int) -> ElfFile:
 def _extended_phnum(fd: int, order: str, bits: int, shoff: int) -> int:
     """The number of program headers when e_phnum is PN_XNUM: section 0's sh_info."""
     offset, size = (44, 64) if bits == 64 else (28, 40)
-    first = os.pread(fd, size, shoff)
+    first = _pread(fd, size, shoff)
     if not shoff or len(first) < size:
         raise ElfError("its number of program headers cannot be read")
     (phnum,) = struct.unpack_from(order + "I", first, offset)
@@ -181,7 +188,7 @@ def _extended_phnum(fd: int, order: str, bits: int, shoff: int) -> int:
 def _read_segments(fd: int, order: str, bits: int, phoff: int, phnum: int) -> tuple[Segment, ...]:
     entry = struct.Struct(order + ("IIQQQQQQ" if bits == 64 else "IIIIIIII"))
     size = phnum * entry.size
-    table = os.pread(fd, size, phoff) if size else b""
+    table = _pread(fd, size, phoff) if size else b""
     if len(table) < size:
         raise ElfError("it ends within its program headers")
     if bits == 64:
@@ -200,7 +207,7 @@ def _read_sections(
 ) -> tuple[Section, ...]:
     """The section headers; none if they are not in the file, as in a dump that was cut."""
     entry = struct.Struct(order + ("IIQQQQIIQQ" if bits == 64 else "IIIIIIIIII"))
-    table = os.pread(fd, shnum * entry.size, shoff) if shoff and shnum else b""
+    table = _pread(fd, shnum * entry.size, shoff) if shoff and shnum else b""
     if len(table) < shnum * entry.size or not table:
         return ()
     headers = list(entry.iter_unpack(table))
@@ -209,7 +216,7 @@ def _read_sections(
         offset, size = headers[shstrndx][4:6]
         # QEMU 7.2 writes the only section of a big-endian dump in little-endian order.
         if offset + size <= os.fstat(fd).st_size:
-            names = os.pread(fd, size, offset)
+            names = _pread(fd, size, offset)
     return tuple(
         Section(
             names[name : max(name, names.find(b"\0", name))].decode("ascii", "replace"),

@@ -60,12 +60,12 @@ def open_elf(path: Path, fd: int, wanted: TargetArchitecture | None, note: bytes
             _hide_low_addresses(prog)
     elif note is not None or kinds.vmcoreinfo:
         text = note if note is not None else kinds.vmcoreinfo
-        prog = recovery.with_note(_physical(dump, found), found, text, live=False)
+        prog = recovery.with_note(str(path), _physical(dump, found), found, text, live=False)
     else:
         base = _physical(dump, found)
         ranges = [(s.paddr, s.filesz) for s in dump.load_segments]
         text, how = recovery.find_note(str(path), base, found, ranges)
-        prog = recovery.with_note(base, found, text, live=False)
+        prog = recovery.with_note(str(path), base, found, text, live=False)
         notes += (how,)
     return Target(prog, TargetKind.CORE, str(path), racing=False, notes=notes)
 

@@ -75,10 +75,10 @@ def _attach(
     if slow:
         notes += ("memory is read through QEMU's monitor: slow",)
     if note is not None:
-        prog = recovery.with_note(prog, found, note, live=True)
+        prog = recovery.with_note(name, prog, found, note, live=True)
     elif not prog.flags & ProgramFlags.IS_LINUX_KERNEL:
         text, how = recovery.find_note(name, prog, found, [] if slow else ranges)
-        prog = recovery.with_note(prog, found, text, live=True)
+        prog = recovery.with_note(name, prog, found, text, live=True)
         notes += (how,)
     return Target(prog, TargetKind.QEMU, name, racing=True, notes=notes)
 

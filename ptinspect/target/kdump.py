@@ -16,11 +16,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from ptinspect.target.elf import NT_PRSTATUS, Note, parse_notes
 
@@ -52,6 +51,10 @@ _EXCLUDED_VMEMMAP = 0x10
 #: How many of the last page descriptors are looked at to find the end of the data.
 _LAST_DESCRIPTORS = 4096
 _MOST_NOTE_BYTES = 1 << 26
+#: Bitmaps are of 32 MiB for each TiB of memory.
+_MOST_BITMAP_BYTES = 1 << 30
+#: How much of a bitmap becomes an array at a time.
+_BITMAP_CHUNK_BYTES = 1 << 20
 
 #: Size of struct elf_prstatus by architecture, for headers without a machine. x86_64 and s390x have
 #: the same size but not the same byte order.
@@ -84,14 +87,31 @@ class Kdump:
     machine: str | None
     #: Bytes of a page in this file. Not always the kernel's page size.
     block_size: int
-    #: Start and size of each range of physical memory that the file has.
-    ranges: tuple[tuple[int, int], ...]
+    #: One bit for each page: whether it is in the file.
+    bitmap: bytes = field(repr=False)
     #: The text of VMCOREINFO, if the file has it.
     vmcoreinfo: bytes | None
     #: makedumpfile ran out of space and said so.
     incomplete: bool
     #: The parts of the memory map that describe no page in the file were left out.
     excluded_vmemmap: bool
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Start and size in bytes of each range of physical memory that the file has."""
+        start: int | None = None
+        for at in range(0, len(self.bitmap), _BITMAP_CHUNK_BYTES):
+            chunk = np.frombuffer(self.bitmap[at : at + _BITMAP_CHUNK_BYTES], np.uint8)
+            # The first page is a byte's lowest bit.
+            bits = np.unpackbits(chunk, bitorder="little").view(np.int8)
+            edges = np.flatnonzero(np.diff(bits, prepend=np.int8(start is not None)))
+            for page in (edges + 8 * at).tolist():
+                if start is None:
+                    start = page
+                else:
+                    yield start * self.block_size, (page - start) * self.block_size
+                    start = None
+        if start is not None:
+            yield start * self.block_size, (8 * len(self.bitmap) - start) * self.block_size
 
 
 def read_kdump(fd: int) -> Kdump:
@@ -106,10 +126,10 @@ def read_kdump(fd: int) -> Kdump:
     start = read(0, 4096)
     if not start.startswith(SIGNATURE):
         raise KdumpError("a flattened file, but not of a kdump-compressed dump (makedumpfile -R)")
+    if len(start) < _FIELDS_OFFSET + struct.calcsize("=" + _FIELDS):
+        raise KdumpError("truncated dump: it ends within its header")
     order = _byte_order(start)
     fields = struct.Struct(order + _FIELDS)
-    if len(start) < _FIELDS_OFFSET + fields.size:
-        raise KdumpError("truncated dump: it ends within its header")
     status, block_size, sub_blocks, bitmap_blocks, _ = fields.unpack_from(start, _FIELDS_OFFSET)
     if block_size & (block_size - 1) or not 4096 <= block_size <= 1 << 20 or sub_blocks < 1:
         raise KdumpError("its header is malformed, or of a 32-bit kernel")
@@ -125,6 +145,8 @@ def read_kdump(fd: int) -> Kdump:
     # for each page in the file, then the pages.
     bitmaps = (1 + sub_blocks) * block_size
     half = bitmap_blocks * block_size // 2
+    if half > _MOST_BITMAP_BYTES:
+        raise KdumpError("its header is malformed: a bitmap without measure")
     bitmap = read(bitmaps + half, half)
     if not incomplete:
         if len(bitmap) < half:
@@ -141,7 +163,7 @@ def read_kdump(fd: int) -> Kdump:
         little_endian=order == "<",
         machine=machine,
         block_size=block_size,
-        ranges=tuple(_ranges(bitmap, block_size)),
+        bitmap=bitmap,
         vmcoreinfo=read(info_offset, min(info_size, _MOST_NOTE_BYTES)) if info_size else None,
         incomplete=incomplete,
         excluded_vmemmap=bool(status & _EXCLUDED_VMEMMAP),
@@ -149,7 +171,8 @@ def read_kdump(fd: int) -> Kdump:
 
 
 def _plain_reader(fd: int) -> Reader:
-    return lambda offset, size: os.pread(fd, size, offset)
+    # No file reaches so far; a garbled header may.
+    return lambda offset, size: os.pread(fd, size, offset) if offset < 1 << 62 else b""
 
 
 def _byte_order(start: bytes) -> str:
@@ -192,16 +215,11 @@ def _check_data(read: Reader, size: int, order: str, descriptors: int, count: in
 
 
 def _count_bits(bitmap: bytes) -> int:
-    ones: npt.NDArray[np.uint8] = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-    return int(np.bincount(np.frombuffer(bitmap, np.uint8), minlength=256) @ ones.astype(np.int64))
-
-
-def _ranges(bitmap: bytes, block_size: int) -> Iterator[tuple[int, int]]:
-    """Start and size in bytes of each run of ones; the first page is a byte's lowest bit."""
-    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little").astype(np.int8)
-    edges = np.flatnonzero(np.diff(bits, prepend=np.int8(0), append=np.int8(0)))
-    for start, end in edges.reshape(-1, 2).tolist():
-        yield start * block_size, (end - start) * block_size
+    total = 0
+    for at in range(0, len(bitmap), _BITMAP_CHUNK_BYTES):
+        chunk = np.frombuffer(bitmap[at : at + _BITMAP_CHUNK_BYTES], np.uint8)
+        total += int(np.count_nonzero(np.unpackbits(chunk)))
+    return total
 
 
 class _Flattened:
@@ -213,7 +231,7 @@ class _Flattened:
     """
 
     #: Headers, notes and bitmaps lie before this; the pages behind are left to libkdumpfile.
-    front_bytes = 1 << 28
+    front_bytes = 1 << 31
 
     def __init__(self, fd: int, size: int) -> None:
         self._fd = fd

@@ -49,7 +49,7 @@ def open_kdump(
         notes += ("flattened kdump",)
     text = note if note is not None else dump.vmcoreinfo
     if text is None:
-        text, how = recovery.find_note(str(path), _physical(path, dump), found, dump.ranges)
+        text, how = recovery.find_note(str(path), _physical(path, dump), found, list(dump.ranges()))
         notes += (how,)
     prog = _kernel(path, dump, found, text)
     return Target(prog, TargetKind.CORE, str(path), racing=False, notes=notes)
@@ -79,14 +79,15 @@ def _kernel(path: Path, dump: Kdump, architecture: TargetArchitecture, text: byt
     if vmcoreinfo.page_size(text) == dump.block_size:
         try:
             prog = _program(path, architecture.platform, text)
-            if dump.ranges:
-                prog.read(dump.ranges[0][0], 1, True)
+            for start, _ in dump.ranges():
+                prog.read(start, 1, True)
+                break
         except Exception:
             # Whatever is really wrong with the file comes out below.
             pass
         else:
             return prog
-    return recovery.with_note(_physical(path, dump), architecture, text, live=False)
+    return recovery.with_note(str(path), _physical(path, dump), architecture, text, live=False)
 
 
 def _physical(path: Path, dump: Kdump) -> Program:

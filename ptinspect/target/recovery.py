@@ -13,17 +13,20 @@ from ptinspect.target import chained, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 
 
-def with_note(base: Program, architecture: TargetArchitecture, note: bytes, live: bool) -> Program:
+def with_note(
+    name: str, base: Program, architecture: TargetArchitecture, note: bytes, live: bool
+) -> Program:
     """
     A kernel program over one that reads physical memory.
 
+    :param name: The target, for messages.
     :param note: The text of VMCOREINFO.
     :raises TargetError: if drgn cannot use the note
     """
     try:
         return chained.over_program(base, architecture.platform, note, live)
     except Exception as error:
-        raise TargetError(f"VMCOREINFO: {error}") from None
+        raise TargetError(f"{name}: {error}") from None
 
 
 def find_note(
@@ -44,20 +47,20 @@ def find_note(
     read = reader(base, physical=True)
     if architecture.drgn == Architecture.S390X:
         text = vmcoreinfo.from_lowcore(read)
-        if text is not None and _describes(text, base, architecture):
+        if text is not None and _describes(name, text, base, architecture):
             return text, "VMCOREINFO recovered from the lowcore"
     stale = 0
     for address, text in vmcoreinfo.search(read, ranges):
-        if _describes(text, base, architecture):
+        if _describes(name, text, base, architecture):
             return text, f"VMCOREINFO found in memory at physical address {address:#x}"
         stale += 1
     raise TargetError(_advice(name, architecture, stale, bool(ranges)))
 
 
-def _describes(text: bytes, base: Program, architecture: TargetArchitecture) -> bool:
+def _describes(name: str, text: bytes, base: Program, architecture: TargetArchitecture) -> bool:
     """Whether a note is of the kernel that is in the memory now, not of one that was there once."""
     try:
-        prog = with_note(base, architecture, text, live=False)
+        prog = with_note(name, base, architecture, text, live=False)
     except TargetError:
         return False
     return vmcoreinfo.matches(text, reader(prog, physical=False)) is True

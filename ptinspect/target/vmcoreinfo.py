@@ -143,30 +143,24 @@ def search(read: Reader, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[in
     :return: physical address and text of each plausible note
     """
     needle = _PADDED_NAME + _TEXT_START
+    overlap = _HEADER_BYTES + len(needle)
     for start, size in sorted(ranges, reverse=True):
-        # The kernel allocates the note while it boots, mostly from the upper end of memory.
-        for address, data in _chunks_downwards(read, start, size, _HEADER_BYTES + len(needle)):
-            found = data.find(needle)
-            while found >= 0:
-                note = address + found - _HEADER_BYTES
-                text = _note_at(read, note)
-                if text is not None:
-                    yield note, text
-                found = data.find(needle, found + 1)
+        # From the end: the kernel allocates the note while it boots, mostly from high memory.
+        for chunk in reversed(range(start, start + size, _CHUNK_BYTES)):
+            end = min(chunk + _CHUNK_BYTES + overlap, start + size)
+            for address, data in _readable(read, chunk, end):
+                found = data.find(needle)
+                while found >= 0:
+                    note = address + found - _HEADER_BYTES
+                    # What begins in the overlap is found in the chunk that it belongs to.
+                    if chunk <= note < chunk + _CHUNK_BYTES:
+                        text = _note_at(read, note)
+                        if text is not None:
+                            yield note, text
+                    found = data.find(needle, found + 1)
 
 
-def _chunks_downwards(
-    read: Reader, start: int, size: int, overlap: int
-) -> Iterator[tuple[int, bytes]]:
-    """Read a range from its end in chunks that overlap, without losing what lies beside a hole."""
-    end = start + size
-    chunk = start + (size - 1) // _CHUNK_BYTES * _CHUNK_BYTES
-    while chunk >= start:
-        yield from _halves(read, chunk, min(end, chunk + _CHUNK_BYTES + overlap))
-        chunk -= _CHUNK_BYTES
-
-
-def _halves(read: Reader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+def _readable(read: Reader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """
     Read what can be read of a range, in pieces.
 
@@ -178,8 +172,8 @@ def _halves(read: Reader, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     elif end - start > _LEAST_CHUNK_BYTES:
         middle = (start + end) // 2 // _LEAST_CHUNK_BYTES * _LEAST_CHUNK_BYTES
         middle = max(middle, start + _LEAST_CHUNK_BYTES)
-        yield from _halves(read, middle, end)
-        yield from _halves(read, start, middle)
+        yield from _readable(read, middle, end)
+        yield from _readable(read, start, middle)
 
 
 def matches(text: bytes, read_virtual: Reader) -> bool | None:
