@@ -16,56 +16,185 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from drgn import Program, sizeof
-from drgn.helpers.linux.mm import for_each_page
+import numpy as np
+from drgn import Object, Program, sizeof
+from drgn.helpers.linux.mm import follow_phys, for_each_page
 
+from ptinspect.census import distinct_tables, take_census
 from ptinspect.kernel.descriptor import page_is_pgtable
-from ptinspect.memory import CHUNK_BYTES
+from ptinspect.kernel.paging import paging_of
+from ptinspect.memory import CHUNK_BYTES, AddressArray
+from ptinspect.tables.physical import physical_ranges
+from ptinspect.tables.resident import resident_pages
 from ptinspect.tables.scan import memmap_ranges, scan_memmap
+from ptinspect.tables.spaces import Space, find_spaces
+from ptinspect.tables.usage import space_usage
+from ptinspect.tables.walk import Tables, walk_spaces
 from ptinspect.target import TargetOptions, open_target
 
-#: How many pages the naive loop is given: it would take minutes for all.
+#: How many pages and addresses the naive loops are given: all would take minutes.
 NAIVE_PAGES = 100_000
+NAIVE_ADDRESSES = 20_000
+
+#: Something to be timed: returns how many things it did.
+Work = Callable[[], int]
 
 
-def raw_reads(prog: Program) -> int:
+def read_coalesced(prog: Program, addresses: AddressArray, size: int) -> int:
+    """Read blocks of physical memory, adjacent ones together, and do nothing with them."""
+    breaks = np.flatnonzero(np.diff(addresses) != size) + 1
+    per_read = CHUNK_BYTES // size
+    first = np.r_[0, breaks].tolist()
+    last = np.r_[breaks, len(addresses)].tolist()
+    for start, end in zip(first, last):
+        for at in range(start, end, per_read):
+            prog.read(int(addresses[at]), size * min(per_read, end - at), True)
+    return len(addresses)
+
+
+def raw_memmap(prog: Program) -> Work:
     """Read the whole memory map and do nothing with it: the limit of any scan."""
     size = sizeof(prog.type("struct page"))
-    pages = 0
-    for run in memmap_ranges(prog):
-        address = run.memmap
-        end = address + (run.end_pfn - run.start_pfn) * size
-        while address < end:
-            count = min(CHUNK_BYTES, end - address)
-            prog.read(address, count)
-            address += count
-        pages += run.end_pfn - run.start_pfn
-    return pages
+
+    def work() -> int:
+        pages = 0
+        for run in memmap_ranges(prog):
+            address = run.memmap
+            end = address + (run.end_pfn - run.start_pfn) * size
+            while address < end:
+                count = min(CHUNK_BYTES, end - address)
+                prog.read(address, count)
+                address += count
+            pages += run.end_pfn - run.start_pfn
+        return pages
+
+    return work
 
 
-def scan(prog: Program) -> int:
+def scan(prog: Program) -> Work:
     """The scan of ``ptinspect list`` and ``summary``."""
-    return scan_memmap(prog).scanned_pages
+    return lambda: scan_memmap(prog).scanned_pages
 
 
-def naive(prog: Program) -> int:
+def naive_scan(prog: Program) -> Work:
     """What one would write in drgn's shell."""
-    pages = 0
-    for page in islice(for_each_page(prog), NAIVE_PAGES):
-        page_is_pgtable(page)
-        pages += 1
-    return pages
+
+    def work() -> int:
+        pages = 0
+        for page in islice(for_each_page(prog), NAIVE_PAGES):
+            page_is_pgtable(page)
+            pages += 1
+        return pages
+
+    return work
 
 
-MEASUREMENTS: dict[str, tuple[Callable[[Program], int], int]] = {
-    "raw": (raw_reads, 5),
+def largest_space(prog: Program) -> Space:
+    """The process with the most page tables."""
+    spaces = find_spaces(prog, slab=False, isolated=False).spaces
+    return max(spaces, key=lambda s: s.mm.pgtables_bytes if s.mm and not s.kernel else 0)
+
+
+def walk_of(prog: Program, space: Space, *, leaf_counts: bool) -> Tables:
+    """Walk one space."""
+    memory = physical_ranges(prog)
+    return walk_spaces(prog, paging_of(prog), [space], leaf_counts=leaf_counts, memory=memory)
+
+
+def raw_tables(prog: Program) -> Work:
+    """Read all tables of the largest space and do nothing with them: the limit of any walk."""
+    tables = walk_of(prog, largest_space(prog), leaf_counts=False)
+    sizes = tables.table_bytes
+    groups = [(int(s), np.unique(tables.address[sizes == s])) for s in np.unique(sizes).tolist()]
+    return lambda: sum(read_coalesced(prog, addresses, size) for size, addresses in groups)
+
+
+def walk(prog: Program) -> Work:
+    """The largest space with the entries of its lowest level counted."""
+    space = largest_space(prog)
+    return lambda: len(walk_of(prog, space, leaf_counts=True))
+
+
+def walk_upper(prog: Program) -> Work:
+    """The largest space, its lowest tables found but not read."""
+    space = largest_space(prog)
+    return lambda: len(walk_of(prog, space, leaf_counts=False))
+
+
+def raw_census(prog: Program) -> Work:
+    """Read the memory map and all tables of all spaces: the limit of any census."""
+    tables = take_census(prog, leaf_counts=False).tables
+    rows = distinct_tables(tables)
+    sizes = tables.table_bytes[rows]
+    groups = [
+        (int(s), np.unique(tables.address[rows][sizes == s])) for s in np.unique(sizes).tolist()
+    ]
+    memmap = raw_memmap(prog)
+
+    def work() -> int:
+        memmap()
+        return sum(read_coalesced(prog, addresses, size) for size, addresses in groups)
+
+    return work
+
+
+def census(prog: Program) -> Work:
+    """Every space walked with leaf counts, joined with the scan."""
+    return lambda: int(np.count_nonzero(distinct_tables(take_census(prog).tables)))
+
+
+def ps(prog: Program) -> Work:
+    """What ``ptinspect ps`` does before it prints."""
+
+    def work() -> int:
+        spaces = find_spaces(prog).spaces
+        tables = walk_spaces(prog, paging_of(prog), spaces, memory=physical_ranges(prog))
+        space_usage(tables)
+        for space in spaces:
+            resident_pages(prog, space)
+        return len(tables)
+
+    return work
+
+
+def naive_walk(prog: Program) -> Work:
+    """drgn's follow_phys(), an address at a time, one in each table of the largest space."""
+    space = largest_space(prog)
+    tables = walk_of(prog, space, leaf_counts=True)
+    lowest = np.flatnonzero(tables.level == 0)[:NAIVE_ADDRESSES]
+    addresses = tables.va[lowest].tolist()
+    assert space.mm is not None
+    mm = Object(prog, "struct mm_struct *", space.mm.address)
+
+    def work() -> int:
+        for address in addresses:
+            try:
+                follow_phys(mm, address)
+            except LookupError:
+                continue
+            except ValueError:
+                continue
+        return len(addresses)
+
+    return work
+
+
+MEASUREMENTS: dict[str, tuple[Callable[[Program], Work], int]] = {
+    "raw memmap": (raw_memmap, 5),
     "scan": (scan, 5),
-    "naive": (naive, 1),
+    "naive scan": (naive_scan, 1),
+    "raw tables": (raw_tables, 5),
+    "walk": (walk, 5),
+    "walk, no leaf tables": (walk_upper, 5),
+    "follow_phys": (naive_walk, 1),
+    "raw census": (raw_census, 3),
+    "census": (census, 3),
+    "ps": (ps, 3),
 }
 
 
 def main() -> None:
-    """Measure and report: pages, and the seconds of every round."""
+    """Measure and report: how many things, and the seconds of every round."""
     what, text = sys.argv[1:]
     given: dict[str, Any] = json.loads(text)
     options = TargetOptions(
@@ -73,14 +202,16 @@ def main() -> None:
         qemu=given.get("qemu"),
         symbols=(Path(given["symbols"]),),
     )
-    function, rounds = MEASUREMENTS[what]
+    prepare, rounds = MEASUREMENTS[what]
     seconds = []
     with open_target(options) as target:
+        work = prepare(target.prog)
+        work()
         for _ in range(rounds):
             start = time.perf_counter()
-            pages = function(target.prog)
+            count = work()
             seconds.append(time.perf_counter() - start)
-    print(json.dumps({"pages": pages, "seconds": seconds}))
+    print(json.dumps({"count": count, "seconds": seconds}))
 
 
 if __name__ == "__main__":

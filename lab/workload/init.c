@@ -10,6 +10,8 @@
  *	lab_sparse=N	sparse tables to make (48)
  *	lab_hugepages=N	huge pages for hugetlb (4)
  *	lab_load=1	after the report, keep forking, mapping and exiting for ever
+ *	lab_scatter=1	between two sparse tables a page of memory is taken, so that no two adjoin
+ *	lab_quiet=1	no report: for measurements with very many tables
  *	lab_idle=1	only load modules, mount, and say @@ready
  */
 #include "gmap.h"
@@ -250,6 +252,7 @@ int main(int argc, char **argv)
 		close(fd);
 	}
 	sparse_tables = option("lab_sparse", sparse_tables);
+	sparse_scattered = option("lab_scatter", 0);
 	snprintf(huge, sizeof(huge), "%lu", option("lab_hugepages", 0));
 	if (option("lab_hugepages", 0))
 		write_file("/proc/sys/vm/nr_hugepages", huge);
@@ -268,8 +271,9 @@ int main(int argc, char **argv)
 	sync();
 	write_file("/proc/sys/vm/drop_caches", "3");
 	write_file("/proc/sys/vm/stat_interval", "100000");
-	report(-1, 0, 0); /* the rehearsal: buffers and kernel tables that a report needs are made */
-	for (attempt = 0; attempt < 5; attempt++) {
+	if (!option("lab_quiet", 0))
+		report(-1, 0, 0); /* the rehearsal: buffers and kernel tables that a report needs are made */
+	for (attempt = 0; attempt < 5 && !option("lab_quiet", 0); attempt++) {
 		sleep_ms(1500);
 		write_file("/proc/sys/vm/stat_refresh", "1");
 		folded = vmstat_value("nr_page_table_pages");

@@ -121,18 +121,28 @@ static void poke(char *at)
 }
 
 static unsigned long sparse_tables = 48;
+static bool sparse_scattered;
 
 /* One table of PTEs a touch, each with the zero page in one entry. */
 static void state_sparse(void)
 {
 	size_t size = sparse_tables * TABLE_SPAN, i;
 	char *at = map_aligned(size, TABLE_SPAN, PROT_READ, ANON | MAP_NORESERVE);
+	char *between = NULL;
 
-	if (!at)
+	if (sparse_scattered)
+		between = map_aligned(sparse_tables * page_size, TABLE_SPAN, PROT_READ | PROT_WRITE,
+				      ANON | MAP_NORESERVE);
+	if (!at || (sparse_scattered && !between))
 		return skip("sparse: mmap failed");
 	madvise(at, size, MADV_NOHUGEPAGE);
-	for (i = 0; i < sparse_tables; i++)
+	if (between)
+		madvise(between, sparse_tables * page_size, MADV_NOHUGEPAGE);
+	for (i = 0; i < sparse_tables; i++) {
 		peek(at + i * TABLE_SPAN + (i % 16) * page_size);
+		if (between)
+			poke(between + i * page_size);
+	}
 	made("sparse %p %lu tables, one zero page each", at, sparse_tables);
 }
 

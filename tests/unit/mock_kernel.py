@@ -37,7 +37,9 @@ class MockKernel:
         the older names), ``"6.11"`` (enum pagetype with inverted bits), ``"6.1"`` (no ptdesc).
     """
 
-    def __init__(self, shape: str, *, little_endian: bool = True, pages: int = 256) -> None:
+    def __init__(
+        self, shape: str, *, little_endian: bool = True, pages: int = 256, memory: bool = True
+    ) -> None:
         flags = PlatformFlags.IS_64_BIT
         if little_endian:
             flags |= PlatformFlags.IS_LITTLE_ENDIAN
@@ -47,7 +49,7 @@ class MockKernel:
             Platform(Architecture.AARCH64 if little_endian else Architecture.S390X, flags)
         )
         self.shape = shape
-        self.memory = bytearray(pages * PAGE_BYTES)
+        self.memory = bytearray(pages * PAGE_BYTES if memory else 0)
         #: Byte ranges of the memory map that are "not in the dump".
         self.holes: list[tuple[int, int]] = []
         self.types: dict[str, Type] = {}
@@ -56,7 +58,7 @@ class MockKernel:
         self._make_constants(pages)
         self.prog.register_type_finder("mock", self._find_type, enable_index=0)
         self.prog.register_object_finder("mock", self._find_object, enable_index=0)
-        self.prog.add_memory_segment(MEMMAP, len(self.memory), self._read)
+        self.prog.add_memory_segment(MEMMAP, pages * PAGE_BYTES, self._read)
 
     # Memory
 
