@@ -60,7 +60,7 @@ def test_ranges_in_chunks(bitmap: bytes) -> None:
     with mock.patch.object(kdump_module, "_BITMAP_CHUNK_BYTES", 3):
         ranges = list(dump.ranges())
         assert kdump_module._count_bits(bitmap) == sum(bits)
-    pages = set()
+    pages: set[int] = set()
     before = -1
     for start, size in ranges:
         assert start > before

@@ -38,10 +38,10 @@ def forbidden(kcore: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening kcore is not permitted, whoever runs the test."""
     real_open = os.open
 
-    def deny(path: object, *arguments: int) -> int:
+    def deny(path: str | Path, *arguments: int) -> int:
         if path == kcore:
             raise PermissionError(1, "Operation not permitted")
-        return real_open(path, *arguments)  # type: ignore[call-overload, no-any-return]
+        return real_open(path, *arguments)
 
     monkeypatch.setattr(os, "open", deny)
 

@@ -19,7 +19,7 @@ from ptinspect.target import vmcoreinfo
 class Memory:
     """Physical memory with holes, that counts how much of it was asked for."""
 
-    def __init__(self, data: bytes, holes: tuple[tuple[int, int], ...] = ()) -> None:
+    def __init__(self, data: bytes | bytearray, holes: tuple[tuple[int, int], ...] = ()) -> None:
         self.data = bytes(data)
         self.holes = holes
 
