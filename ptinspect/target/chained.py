@@ -16,6 +16,7 @@ from typing import Callable
 
 from drgn import FaultError, Platform, Program
 
+from ptinspect.target import riscv64
 from ptinspect.target.elf import Segment
 
 #: drgn's memory reading callback: address, count, offset in the segment, physical -> bytes.
@@ -40,18 +41,7 @@ def over_program(base: Program, platform: Platform, note: bytes, live: bool) -> 
     # Physical segments only: set_linux_kernel_custom() adds the virtual one that walks page tables.
     prog.add_memory_segment(0, _WHOLE_ADDRESS_SPACE, read, physical=True)
     prog.set_linux_kernel_custom(note, live)
-    return prog
-
-
-def over_segments(fd: int, segments: Sequence[Segment], platform: Platform, note: bytes) -> Program:
-    """
-    A kernel program that reads physical memory from the PT_LOAD segments of an ELF dump.
-
-    :param fd: The dump. The program keeps a duplicate.
-    """
-    prog = Program(platform)
-    add_segments(prog, fd, segments)
-    prog.set_linux_kernel_custom(note, False)
+    riscv64.add_virtual_memory(prog)
     return prog
 
 

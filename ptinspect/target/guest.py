@@ -14,7 +14,7 @@ from drgn import Program, ProgramFlags
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import recovery
+from ptinspect.target import recovery, riscv64
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.options import Target, TargetKind
 from ptinspect.target.qmp import QmpConnection
@@ -80,6 +80,8 @@ def _attach(
         text, how = recovery.find_note(name, prog, found, [] if slow else ranges)
         prog = recovery.with_note(name, prog, found, text, live=True)
         notes += (how,)
+    else:
+        riscv64.add_virtual_memory(prog)
     return Target(prog, TargetKind.QEMU, name, racing=True, notes=notes)
 
 

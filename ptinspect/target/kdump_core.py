@@ -72,11 +72,13 @@ def _kernel(path: Path, dump: Kdump, architecture: TargetArchitecture, text: byt
 
     libkdumpfile knows one page size, the file's, which need not be the kernel's; on ppc64 it knows
     nothing but 64 KiB, and on s390x it wants a pointer in the lowcore. Where that gets in the way,
-    a second program translates addresses and this one only reads pages.
+    and on riscv64, where drgn cannot translate addresses itself, a second program translates
+    addresses and this one only reads pages.
 
     :param text: VMCOREINFO.
     """
-    if vmcoreinfo.page_size(text) == dump.block_size:
+    walked_by_drgn = architecture.drgn != Architecture.RISCV64
+    if walked_by_drgn and vmcoreinfo.page_size(text) == dump.block_size:
         try:
             prog = _program(path, architecture.platform, text)
             for start, _ in dump.ranges():

@@ -25,6 +25,8 @@ def with_note(
     """
     try:
         return chained.over_program(base, architecture.platform, note, live)
+    except TargetError:
+        raise
     except Exception as error:
         raise TargetError(f"{name}: {error}") from None
 
