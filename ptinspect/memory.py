@@ -151,10 +151,11 @@ class BlockBatch(NamedTuple):
 
     #: Index of the first block in the array of addresses.
     first: int
-    #: uint8, shape (n, size); only valid until the next batch. Unreadable rows are zero.
+    #: uint8, shape (n, size), read-only. Unreadable rows are zero.
     data: ByteArray
-    #: bool, shape (n,); False where the block is not in the dump or went away.
-    readable: BoolArray
+    #: bool, shape (n,), False where the block is not in the dump or went away; ``None`` if all
+    #: could be read.
+    readable: BoolArray | None
 
 
 def iter_blocks(
@@ -177,46 +178,44 @@ def iter_blocks(
     if size < SMALLEST_PAGE:
         yield from _iter_fractions(prog, addresses, size, physical, batch_bytes)
         return
+    count = len(addresses)
     per_batch = max(1, batch_bytes // size)
-    buffer = np.empty((min(per_batch, len(addresses)), size), np.uint8)
-    for first in range(0, len(addresses), per_batch):
-        wanted = addresses[first : first + per_batch]
-        count = len(wanted)
-        breaks = np.flatnonzero(np.diff(wanted) != size) + 1
-        if not len(breaks):
-            try:
-                raw = prog.read(int(wanted[0]), size * count, physical)
-            except FaultError:
-                pass
-            else:
-                data = np.frombuffer(raw, np.uint8).reshape(count, size)
-                yield BlockBatch(first, data, np.ones(count, np.bool_))
-                continue
-        readable = np.ones(count, np.bool_)
-        bounds = [0, *breaks.tolist(), count]
-        starts = wanted[bounds[:-1]].tolist()
-        for address, begin, end in zip(starts, bounds[:-1], bounds[1:]):
-            _fill(prog, address, physical, buffer[begin:end], readable[begin:end])
-        yield BlockBatch(first, buffer[:count], readable)
+    # A read ends where the next block is not adjacent, and at the end of a batch.
+    new_read = np.ones(count + 1, np.bool_)
+    new_read[1:-1] = np.diff(addresses) != size
+    new_read[::per_batch] = True
+    bounds = np.flatnonzero(new_read)
+    starts = addresses[bounds[:-1]].tolist()
+    sizes = (np.diff(bounds) * size).tolist()
+    firsts = range(0, count, per_batch)
+    runs = np.searchsorted(bounds, [*firsts, count]).tolist()
+    read = prog.read
+    for first, run, next_run in zip(firsts, runs[:-1], runs[1:]):
+        end = min(first + per_batch, count)
+        try:
+            parts = [
+                read(address, length, physical)
+                for address, length in zip(starts[run:next_run], sizes[run:next_run])
+            ]
+        except FaultError:
+            yield BlockBatch(first, *_read_one_by_one(prog, addresses[first:end], size, physical))
+            continue
+        raw = parts[0] if len(parts) == 1 else b"".join(parts)
+        yield BlockBatch(first, np.frombuffer(raw, np.uint8).reshape(end - first, size), None)
 
 
-def _fill(
-    prog: Program, address: int, physical: bool, data: ByteArray, readable: BoolArray
-) -> None:
-    """Read adjacent blocks into *data*, halving the run until what faults stands alone."""
-    try:
-        raw = prog.read(address, data.size, physical)
-    except FaultError:
-        count, size = data.shape
-        if count == 1:
-            data[:] = 0
-            readable[:] = False
-            return
-        half = count // 2
-        _fill(prog, address, physical, data[:half], readable[:half])
-        _fill(prog, address + half * size, physical, data[half:], readable[half:])
-        return
-    data.reshape(-1)[:] = np.frombuffer(raw, np.uint8)
+def _read_one_by_one(
+    prog: Program, addresses: AddressArray, size: int, physical: bool
+) -> tuple[ByteArray, BoolArray]:
+    """Read the blocks of a batch in which something faults; tell which could be read."""
+    data = np.zeros((len(addresses), size), np.uint8)
+    readable = np.ones(len(addresses), np.bool_)
+    for row, address in enumerate(addresses.tolist()):
+        try:
+            data[row] = np.frombuffer(prog.read(address, size, physical), np.uint8)
+        except FaultError:
+            readable[row] = False
+    return data, readable
 
 
 def _iter_fractions(
@@ -237,4 +236,5 @@ def _iter_fractions(
         end = int(ends[batch.first + len(batch.data) - 1])
         rows = page_row[first:end] - batch.first
         data = batch.data.reshape(len(batch.data), -1, size)[rows, part[first:end]]
-        yield BlockBatch(first, data, batch.readable[rows])
+        readable = None if batch.readable is None else batch.readable[rows]
+        yield BlockBatch(first, data, readable)

@@ -18,9 +18,9 @@ CLASSES = len(EntryClass)
 CountArray = npt.NDArray[np.uint16]
 
 #: A batch in which fewer than one entry in this many is filled is looked at entry by entry.
-_SPARSE = 32
+_SPARSE = 16
 
-#: Bytes of a word of booleans overflow when more than 255 words are added.
+#: How many words of booleans are added, byte by byte, into one.
 _WORDS_PER_SUM = 128
 
 
@@ -49,12 +49,7 @@ def filled_entries(paging: Paging, raw: EntryArray, level: int) -> Entries:
     :param raw: uint64, shape (n, entries).
     """
     filled = np.not_equal(raw, paging.raw_constant(paging.levels[level].empty))
-    return _entries_at(paging, raw, level, np.flatnonzero(filled))
-
-
-def _entries_at(
-    paging: Paging, raw: EntryArray, level: int, places: npt.NDArray[np.intp]
-) -> Entries:
+    places = np.flatnonzero(filled)
     values = paging.values(raw.reshape(-1)[places])
     row, slot = np.divmod(places, raw.shape[1])
     return Entries(row, slot, values, paging.classify(values, level))
@@ -75,52 +70,93 @@ def tally(entries: Entries, tables: int, per_table: int) -> CountArray:
     return counts.astype(np.uint16)
 
 
-def count_entries(paging: Paging, raw: EntryArray, level: int) -> CountArray:
+class LeafTableCounter:
     """
-    Count the entries of many tables by class.
+    Counts the entries of many tables of the lowest level, batch by batch.
 
-    The usual case is decided for whole tables at a time. Only if the tables are nearly empty, or
-    where something is neither empty nor a plain leaf, single entries are looked at.
-
-    :param raw: uint64, shape (n, entries).
-    :return: uint16, shape (n, classes).
+    The usual case is decided for whole tables at a time: how many entries are not empty, and how
+    many are plain leaves. Only where the two differ, single entries are looked at. Both numbers
+    are summed eight at a time in the bytes of a word, and put together once at the end.
     """
-    shape = paging.levels[level]
-    tables, per_table = raw.shape
-    filled = np.not_equal(raw, paging.raw_constant(shape.empty))
-    filled_counts = sum_rows(filled)
-    total = int(filled_counts.sum())
-    if shape.usual_leaf is None or total * _SPARSE < raw.size:
-        entries = _entries_at(paging, raw, level, np.flatnonzero(filled))
-        return tally(entries, tables, per_table)
-    mask, value = shape.usual_leaf
-    leaves = np.equal(
-        np.bitwise_and(raw, paging.raw_constant(mask)), paging.raw_constant(value), out=filled
-    )
-    leaf_counts = sum_rows(leaves)
-    counts = np.zeros((tables, CLASSES), np.uint16)
-    counts[:, EntryClass.LEAF] = leaf_counts
-    counts[:, EntryClass.NONE] = per_table - filled_counts
-    mixed = np.flatnonzero(filled_counts != leaf_counts)
-    if len(mixed):
-        counts[mixed] = tally(filled_entries(paging, raw[mixed], level), len(mixed), per_table)
-    return counts
+
+    def __init__(self, paging: Paging, tables: int) -> None:
+        level = paging.levels[0]
+        assert level.usual_leaf is not None
+        self._paging = paging
+        self._entries = level.entries
+        self._empty = paging.raw_constant(level.empty)
+        self._mask = paging.raw_constant(level.usual_leaf.mask)
+        self._value = paging.raw_constant(level.usual_leaf.value)
+        # A byte must not overflow: at most 128 words are added to one.
+        words = level.entries // 8
+        self._sums = (max(1, words // _WORDS_PER_SUM), min(words, _WORDS_PER_SUM))
+        self._filled = np.zeros((tables, self._sums[0]), np.uint64)
+        self._leaves = np.zeros((tables, self._sums[0]), np.uint64)
+        self._known = np.zeros(tables, np.bool_)
+        self._mixed: list[tuple[npt.NDArray[np.intp], CountArray]] = []
+        self._flags = np.empty((0, 0), np.bool_)
+        self._masked = np.empty((0, 0), np.uint64)
+
+    def add(self, first: int, raw: EntryArray, readable: BoolArray | None) -> None:
+        """
+        Count some tables.
+
+        :param first: Number of the first of them.
+        :param raw: uint64, shape (n, entries).
+        :param readable: bool, shape (n,); tables for which it is False are not counted.
+        """
+        count = len(raw)
+        if len(self._flags) < count:
+            self._flags = np.empty(raw.shape, np.bool_)
+            self._masked = np.empty(raw.shape, np.uint64)
+        flags, masked = self._flags[:count], self._masked[:count]
+        here = slice(first, first + count)
+        words = flags.view(np.uint64).reshape(count, *self._sums)
+        filled, leaves = self._filled[here], self._leaves[here]
+        np.not_equal(raw, self._empty, out=flags)
+        np.add.reduce(words, axis=2, out=filled)
+        self._known[here] = True if readable is None else readable
+        if self._only_leaves(raw, flags):
+            leaves[:] = filled
+            return
+        np.bitwise_and(raw, self._mask, out=masked)
+        np.equal(masked, self._value, out=flags)
+        np.add.reduce(words, axis=2, out=leaves)
+        if filled.tobytes() != leaves.tobytes():
+            mixed = np.flatnonzero((filled != leaves).any(axis=1))
+            entries = filled_entries(self._paging, raw[mixed], 0)
+            self._mixed.append((first + mixed, tally(entries, len(mixed), self._entries)))
+
+    def _only_leaves(self, raw: EntryArray, filled: BoolArray) -> bool:
+        """
+        Tell, where that is quick, whether whatever is filled is a plain leaf.
+
+        It is in tables that are nearly empty, or all full; most are one or the other.
+        """
+        total = np.count_nonzero(filled)
+        if total * _SPARSE <= filled.size:
+            values = raw.reshape(-1)[np.flatnonzero(filled)]
+            return bool(((values & self._mask) == self._value).all())
+        if total == filled.size and self._value == self._mask:
+            return bool(np.bitwise_and.reduce(raw.reshape(-1)) & self._mask == self._value)
+        return False
+
+    def counts(self) -> CountArray:
+        """Get the counts of all tables, uint16 of shape (tables, classes)."""
+        counts = np.zeros((len(self._known), CLASSES), np.uint16)
+        counts[:, EntryClass.LEAF] = _fold(self._leaves)
+        counts[:, EntryClass.NONE] = self._entries - _fold(self._filled)
+        for rows, mixed in self._mixed:
+            counts[rows] = mixed
+        counts[~self._known] = 0
+        return counts
 
 
-def sum_rows(flags: BoolArray) -> IndexArray:
-    """
-    Count the true values in each row, eight at a time.
-
-    :param flags: bool, shape (n, m), C-contiguous; m a multiple of 8.
-    :return: int64, shape (n,).
-    """
-    words = flags.view(np.uint64)
-    result = np.zeros(len(words), np.uint64)
-    for first in range(0, words.shape[1], _WORDS_PER_SUM):
-        lanes = words[:, first : first + _WORDS_PER_SUM].sum(axis=1)
-        # Each byte of a lane holds up to 128; pair them so that the total cannot overflow.
-        pairs = (lanes & np.uint64(0x00FF00FF00FF00FF)) + (
-            (lanes >> np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)
-        )
-        result += (pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)
-    return result.astype(np.int64)
+def _fold(lanes: npt.NDArray[np.uint64]) -> IndexArray:
+    """Add up the bytes of each word, and the words of each row."""
+    # Each byte holds up to 128; pair them so that the total cannot overflow.
+    even = np.uint64(0x00FF00FF00FF00FF)
+    pairs = (lanes & even) + ((lanes >> np.uint64(8)) & even)
+    sums = (pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)
+    total: IndexArray = sums.sum(axis=1).astype(np.int64)
+    return total

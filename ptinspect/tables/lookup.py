@@ -247,7 +247,8 @@ def _matching(
         hit = np.zeros(raw.shape, np.bool_)
         for mask, value in patterns:
             hit |= (raw & paging.raw_constant(mask)) == paging.raw_constant(value)
-        hit[~batch.readable] = False
+        if batch.readable is not None:
+            hit[~batch.readable] = False
         place, slot = np.nonzero(hit)
         if len(place):
             yield rows[batch.first + place], slot, paging.values(raw[place, slot])

@@ -142,8 +142,10 @@ def _level_parts(
         end = np.searchsorted(ordered, batch.first + len(batch.data))
         here = rows[by_address[begin:end]]
         which = ordered[begin:end] - batch.first
-        states[here[~batch.readable[which]]] = RowState.UNREADABLE
-        here, which = here[batch.readable[which]], which[batch.readable[which]]
+        if batch.readable is not None:
+            known = batch.readable[which]
+            states[here[~known]] = RowState.UNREADABLE
+            here, which = here[known], which[known]
         entries = filled_entries(paging, raw_entries(batch.data)[which], level)
         kind = entries.kind
         if space.kernel:

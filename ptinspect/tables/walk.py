@@ -33,7 +33,7 @@ from ptinspect.tables.entries import (
     CLASSES,
     CountArray,
     Entries,
-    count_entries,
+    LeafTableCounter,
     filled_entries,
     raw_entries,
     tally,
@@ -263,8 +263,10 @@ class _Walker:
             state[~self._memory.contain(frontier.address, size)] = RowState.OUTSIDE
         rows = self._mark_shared(frontier, state, first)
         children: list[_Children] = []
-        if level or self._leaf_counts:
+        if level:
             children = self._read_tables(frontier, level, rows, state, counts)
+        elif self._leaf_counts:
+            self._read_leaf_tables(frontier, rows, state, counts)
         else:
             state[rows] = RowState.NOT_READ
         shared = np.flatnonzero(first >= 0)
@@ -340,52 +342,80 @@ class _Walker:
             place = slice(batch.first, batch.first + len(batch.data))
             here = rows[place]
             raw = raw_entries(batch.data)
-            if not batch.readable.all():
+            if batch.readable is not None:
                 state[here[~batch.readable]] = RowState.UNREADABLE
                 here, raw = here[batch.readable], raw[batch.readable]
             foreign: npt.NDArray[np.int64] | None = None
             if roots[place].any():
                 raw, foreign = self._only_own_entries(frontier, level, here, raw)
-            if level:
-                entries = filled_entries(self._paging, raw, level)
-                counts[here] = tally(entries, len(here), raw.shape[1])
-                children.append(self._children(frontier, level, here, entries))
-            else:
-                counts[here] = count_entries(self._paging, raw, 0)
-                if self._visitor is not None:
-                    self._visitor((here + self._first_row).astype(np.int32), raw)
+            entries = filled_entries(self._paging, raw, level)
+            counts[here] = tally(entries, len(here), raw.shape[1])
+            children.append(self._children(frontier, level, here, entries))
             if foreign is not None:
                 counts[here, EntryClass.NONE] -= foreign.astype(np.uint16)
             if kernel[place].any():
-                self._correct_kernel_counts(frontier, level, here, raw, counts)
-            self._done += len(batch.data)
-            if self._progress is not None:
-                self._progress(self._done, self._first_row + len(frontier.space))
+                in_kernel = self._is_kernel[frontier.space[here]]
+                _hide_swap(counts, here[in_kernel])
+                number = self._hidden_leaves(raw[in_kernel], level)
+                counts[here[in_kernel], EntryClass.LEAF] -= number
+                counts[here[in_kernel], EntryClass.PROT_NONE] += number
+            self._report(len(batch.data), frontier)
         return children
 
-    def _correct_kernel_counts(
+    def _read_leaf_tables(
         self,
         frontier: _Frontier,
-        level: int,
         rows: npt.NDArray[np.intp],
-        raw: EntryArray,
+        state: npt.NDArray[np.uint8],
         counts: CountArray,
     ) -> None:
-        """Count hidden pages of kernel tables as such; see :meth:`Paging.kernel_kinds`."""
+        """
+        Read the tables of the lowest level: nearly all there are, so little is done for each.
+
+        No space has its root here.
+        """
+        counter = LeafTableCounter(self._paging, len(rows))
+        size = self._paging.levels[0].table_bytes
         kernel = self._is_kernel[frontier.space[rows]]
-        rows = rows[kernel]
-        swap_like = counts[np.ix_(rows, _SWAP_LIKE)]
-        if swap_like.any():
-            counts[rows, EntryClass.PROT_NONE] += swap_like.sum(axis=1, dtype=np.uint16)
-            counts[np.ix_(rows, _SWAP_LIKE)] = 0
+        hidden = self._paging.levels[0].kernel_hidden is not None
+        unseen: list[tuple[npt.NDArray[np.intp], CountArray]] = []
+        for batch in iter_blocks(
+            self._prog, frontier.address[rows], size, batch_bytes=self._batch_bytes
+        ):
+            raw = raw_entries(batch.data)
+            counter.add(batch.first, raw, batch.readable)
+            self._report(len(raw), frontier)
+            if batch.readable is None and self._visitor is None and not hidden:
+                continue
+            here = rows[batch.first : batch.first + len(raw)]
+            if batch.readable is not None:
+                state[here[~batch.readable]] = RowState.UNREADABLE
+                here, raw = here[batch.readable], raw[batch.readable]
+            if self._visitor is not None:
+                self._visitor((here + self._first_row).astype(np.int32), raw)
+            in_kernel = self._is_kernel[frontier.space[here]]
+            if hidden and in_kernel.any():
+                unseen.append((here[in_kernel], self._hidden_leaves(raw[in_kernel], 0)))
+        counts[rows] = counter.counts()
+        _hide_swap(counts, rows[kernel])
+        for where, number in unseen:
+            counts[where, EntryClass.LEAF] -= number
+            counts[where, EntryClass.PROT_NONE] += number
+
+    def _report(self, done: int, frontier: _Frontier) -> None:
+        self._done += done
+        if self._progress is not None:
+            self._progress(self._done, self._first_row + len(frontier.space))
+
+    def _hidden_leaves(self, raw: EntryArray, level: int) -> CountArray:
+        """Count, by table, the leaves that are hidden if the table is the kernel's."""
         hidden = self._paging.levels[level].kernel_hidden
-        if hidden is not None and counts[rows, EntryClass.LEAF].any():
-            entries = filled_entries(self._paging, raw[kernel], level)
-            leaf = entries.kind == EntryClass.LEAF
-            unseen = leaf & ((entries.value & np.uint64(hidden.mask)) == np.uint64(hidden.value))
-            number = np.bincount(entries.row[unseen], minlength=len(rows)).astype(np.uint16)
-            counts[rows, EntryClass.LEAF] -= number
-            counts[rows, EntryClass.PROT_NONE] += number
+        if hidden is None:
+            return np.zeros(len(raw), np.uint16)
+        entries = filled_entries(self._paging, raw, level)
+        unseen = (entries.value & np.uint64(hidden.mask)) == np.uint64(hidden.value)
+        unseen &= entries.kind == EntryClass.LEAF
+        return np.bincount(entries.row[unseen], minlength=len(raw)).astype(np.uint16)
 
     def _only_own_entries(
         self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], raw: EntryArray
@@ -461,3 +491,11 @@ class _Walker:
             slot=slot,
             permissions=placed("permissions"),
         )
+
+
+def _hide_swap(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
+    """Count what looks swapped as hidden pages; see :meth:`Paging.kernel_kinds`."""
+    swap_like = counts[np.ix_(rows, _SWAP_LIKE)]
+    if swap_like.any():
+        counts[rows, EntryClass.PROT_NONE] += swap_like.sum(axis=1, dtype=np.uint16)
+        counts[np.ix_(rows, _SWAP_LIKE)] = 0
