@@ -121,6 +121,8 @@ class Mode:
     base: int = 0
     page_bytes: int = 4096
     needs_objects: bool = False
+    #: A slow walker for architectures that drgn does not walk: memory, root, address.
+    reference: Callable[[SparseMemory, int, int], int | None] | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -551,8 +553,23 @@ def _riscv_mode(va_bits: int) -> Mode:
     def swap(level: int, type_: int, random: Random) -> int:
         return type_ << 7 | random.randrange(1, 1 << 40) << 12 | _some(random, 0x40)
 
+    def reference(memory: SparseMemory, table: int, address: int) -> int | None:
+        """Follow the manual's algorithm ("Virtual Address Translation Process")."""
+        for level in reversed(range((va_bits - 12) // 9)):
+            shift = 12 + 9 * level
+            where = table + 8 * (address >> shift & 511)
+            (entry,) = struct.unpack("<Q", memory.read(where, 8))
+            frame = entry >> 10 & (1 << 44) - 1
+            if not entry & 1:
+                return None
+            if entry & 0xE:
+                return frame << 12 | address & (1 << shift) - 1
+            table = frame << 12
+        return None
+
     return Mode(
         name=f"riscv64 Sv{va_bits}",
+        reference=reference,
         paging=riscv64.make_paging(va_bits=va_bits),
         table=table,
         leaf=leaf,

@@ -3,8 +3,8 @@
 """
 riscv64: Sv39, Sv48 and Sv57 (arch/riscv/include/asm/pgtable-64.h, pgtable-bits.h).
 
-drgn 0.3 does not translate kernel addresses of this architecture;
-:func:`provide_kernel_translation` lends it this module's.
+drgn 0.3 does not translate kernel addresses of this architecture; :mod:`ptinspect.target.riscv64`
+does it for whoever reads kernel memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from drgn import FaultError, Program
+from drgn import Program
 
 from ptinspect.errors import TargetError
 from ptinspect.kernel.paging.model import (
@@ -211,33 +211,3 @@ def _linear_to_physical(prog: Program, address: int) -> int:
     if address >= image:
         return address - image_offset & ALL_BITS
     return address - linear + ram_base
-
-
-def provide_kernel_translation(prog: Program) -> None:
-    """
-    Let a Program read kernel addresses, which drgn 0.3 cannot translate on riscv64.
-
-    A memory segment over the upper half of the address space walks ``swapper_pg_dir``. Call it
-    once, after the physical segments are there and the vmcoreinfo note is known.
-
-    :raises TargetError: if the vmcoreinfo note does not tell where the kernel lies
-    """
-    from ptinspect.tables.lookup import walk_address
-
-    paging = make_paging(va_bits=_va_bits(prog))
-    root = paging.kernel_root(prog)
-    start = 1 << 63
-
-    def read(address: int, count: int, offset: int, physical: bool) -> bytes:
-        parts = []
-        while count:
-            found = walk_address(prog, paging, root, address)
-            if found.physical is None or not found.mapped_bytes:
-                raise FaultError("address is not mapped", address)
-            here = min(count, found.mapped_bytes - (address & (found.mapped_bytes - 1)))
-            parts.append(prog.read(found.physical, here, True))
-            address += here
-            count -= here
-        return b"".join(parts)
-
-    prog.add_memory_segment(start, start, read, False)
