@@ -101,6 +101,9 @@ class Space:
     @property
     def kernel(self) -> bool:
         """Whether it maps kernel memory, which is never swapped."""
+        if self.kind is SpaceKind.ISOLATED:
+            # What user mode sees of the kernel; the mms' own halves share it.
+            return self.symbol == "init_mm"
         return self.kind in (SpaceKind.KERNEL, SpaceKind.EFI)
 
     @property
@@ -306,7 +309,9 @@ class _Finder:
             if variable.type_.unaliased_kind() == TypeKind.POINTER:
                 mm = variable.value_()
             else:
-                mm = variable.address_of_().value_() if variable.pgd else 0
+                # tboot_mm is on swapper_pg_dir, the kernel's own root (arch/x86/kernel/tboot.c).
+                own = variable.pgd and variable.pgd != self._prog["init_mm"].pgd
+                mm = variable.address_of_().value_() if own else 0
             if mm:
                 self._add(mm, Found.SYMBOL)
                 self._symbols[mm] = name

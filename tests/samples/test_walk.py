@@ -270,9 +270,9 @@ def test_kernel_map_against_debugfs(sample: Sample) -> None:
 def test_typed_pages_are_reached_or_deposited(sample: Sample) -> None:
     _, _, tables, census = walked(sample)
     paging = census.paging
-    kernel = np.array([space.kernel for space in tables.spaces])
     # Kernel PMD tables do not have the field.
-    users = np.flatnonzero(~kernel[tables.space] & (tables.first < 0))
+    user = np.array([space.kind is SpaceKind.USER for space in tables.spaces])
+    users = np.flatnonzero(user[tables.space] & (tables.first < 0))
     spare = deposits(sample.prog, paging, tables, users)
     assert len(census.unexplained()) == spare
     assert not census.level_conflict.any()
