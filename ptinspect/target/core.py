@@ -14,6 +14,7 @@ from ptinspect.target import elf, kdump
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.elf_core import open_elf
 from ptinspect.target.kdump_core import open_kdump
+from ptinspect.target.live import KCORE, open_live
 from ptinspect.target.options import Target
 
 #: What people give for a dump, by the bytes at its start.
@@ -25,6 +26,7 @@ _OTHER_FILES = (
     (b"QFI\xfb", "a QEMU disk image"),
     (b"QEVM", "a QEMU migration stream: use dump-guest-memory instead"),
     (b"LibvirtQemudSave", "a libvirt save file: use virsh dump --memory-only instead"),
+    (b"PAGEDU64", "a Windows crash dump"),
     (b"DISKDUMP", "a diskdump file, which drgn does not read"),
     (bytes.fromhex("a8190173618f23fd"), "an s390 stand-alone dump: convert it with zgetdump"),
     (bytes.fromhex("a8190173618f23fe"), "an s390 stand-alone dump: convert it with zgetdump"),
@@ -43,6 +45,9 @@ def open_core(path: Path, architecture: TargetArchitecture | None, note: bytes |
     :param note: VMCOREINFO to use instead of the dump's own.
     :raises TargetError: if the file is not a dump that can be opened, with the reason
     """
+    if os.path.realpath(path) == str(KCORE):
+        # It is an ELF core, but one that changes while it is read.
+        return open_live(architecture, note)
     with _opened(path) as fd:
         start = os.pread(fd, 64, 0)
         if not start:

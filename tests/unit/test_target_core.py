@@ -30,7 +30,7 @@ from target_files import (
 )
 
 from ptinspect.errors import ExitStatus, TargetError
-from ptinspect.target import architecture
+from ptinspect.target import architecture, core
 from ptinspect.target.core import open_core
 from ptinspect.target.options import Target, TargetKind
 
@@ -258,6 +258,15 @@ def refused(folder: Path, content: bytes, message: str, **options: object) -> st
 )
 def test_not_a_dump(tmp_path: Path, content: bytes, message: str) -> None:
     refused(tmp_path, content, message)
+
+
+def test_running_kernel_as_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--core /proc/kcore is the live kernel, whatever it is called."""
+    live = Target(Program(), TargetKind.LIVE, "kcore", racing=True)
+    monkeypatch.setattr(core, "KCORE", tmp_path / "kcore")
+    monkeypatch.setattr(core, "open_live", lambda wanted, note: live)
+    (tmp_path / "link").symlink_to(tmp_path / "kcore")
+    assert open_core(tmp_path / "link", None, None) is live
 
 
 def test_no_file(tmp_path: Path) -> None:

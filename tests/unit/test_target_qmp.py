@@ -81,6 +81,18 @@ def test_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             connection.is_running()
 
 
+def test_no_answer_to_drgn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """drgn would wait for ever, and no signal would end it."""
+    monkeypatch.setattr(qmp, "_REPLY_SECONDS", 1)
+    with FakeQemu(tmp_path, mute=["query-target"]) as fake:
+        refused(fake.socket, "QEMU does not answer")
+
+
+def test_vanished_while_attaching(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path, end_on="query-target") as fake:
+        refused(fake.socket, "closed unexpectedly")
+
+
 def test_vanished(tmp_path: Path) -> None:
     with FakeQemu(tmp_path) as fake:
         connection = connected(fake)
