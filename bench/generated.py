@@ -108,7 +108,7 @@ class _EndlessTables:
         child = self.first[level - 1] + children
         entries = (BASE + child * TABLE_BYTES).astype(np.uint64) | np.uint64(TABLE_BITS)
         entries[children >= self.counts[level - 1]] = 0
-        return entries.tobytes()
+        return bytes(entries.tobytes())
 
 
 def walk_generated(leaves: int) -> tuple[int, float]:

@@ -25,6 +25,10 @@ pytestmark = pytest.mark.guest
 #: Addresses asked for in each space.
 MOST_ADDRESSES = 40
 
+#: Between the CPU entry areas and the kernel's text (with the ESPFIX stacks and the EFI services)
+#: crash does not look at page tables, but takes every address for one of the direct map.
+NOT_WALKED = (0xFFFFFE0000000000, 0xFFFFFFFF80000000)
+
 _VTOP = re.compile(r"^VIRTUAL +PHYSICAL *\n([0-9a-f]+) +([0-9a-f]+|\(not mapped\))", re.M)
 
 
@@ -56,6 +60,8 @@ def test_crash_agrees(debian_612: Running, tmp_path: Path) -> None:
                 commands.append(f"set {space.tasks[0].pid}")
             step = max(1, len(ranges) // MOST_ADDRESSES)
             for area in ranges[::step]:
+                if space.kernel and NOT_WALKED[0] <= area.start < NOT_WALKED[1]:
+                    continue
                 for address in {area.start, area.end - 1}:
                     found = walk_address(
                         prog, paging, space.root, address, memory=memory, kernel=space.kernel
@@ -71,5 +77,5 @@ def test_crash_agrees(debian_612: Running, tmp_path: Path) -> None:
     assert [a for a, _ in told] == [a for a, _ in asked]
     assert [(hex(a), b) for a, b in told] == [(hex(a), f"{p:x}") for a, p in asked]
     assert len(asked) > 500
-    types = re.findall(r"^[0-9a-f]{16} +([0-9a-f]{8})$", answer, re.M)
-    assert sum(value == "f2000000" for value in types) == typed
+    types = re.findall(r"^[0-9a-f]{16} +([0-9]+) *$", answer, re.M)
+    assert types.count(str(0xF2000000)) == typed
