@@ -16,6 +16,7 @@ from ptinspect.target.elf_core import open_elf
 from ptinspect.target.kdump_core import open_kdump
 from ptinspect.target.live import KCORE, open_live
 from ptinspect.target.options import Target
+from ptinspect.target.wording import reason
 
 #: What people give for a dump, by the bytes at its start.
 _OTHER_FILES = (
@@ -75,7 +76,7 @@ def _opened(path: Path) -> Iterator[int]:
         finally:
             os.close(fd)
     except OSError as error:
-        raise TargetError(f"{path}: {error.strerror or error}") from None
+        raise TargetError(f"{path}: {reason(error)}") from None
 
 
 def _what_else(start: bytes) -> str:

@@ -13,6 +13,7 @@ from drgn import FaultError, MissingDebugInfoError, ModuleFileStatus, Program
 from ptinspect.errors import DebugInfoError
 from ptinspect.target import architecture, drgn_log
 from ptinspect.target.elf import ET_CORE, ET_REL, MAGIC, ElfError, ElfFile, read_elf
+from ptinspect.target.wording import reason
 
 #: The name of drgn's finder that asks debuginfod servers.
 _DEBUGINFOD = "debuginfod"
@@ -64,7 +65,9 @@ def load(prog: Program, symbols: Sequence[Path], kernel_directories: Sequence[Pa
         # It may be a module that is missing, or nothing but the symbol table was found: see below.
         pass
     except Exception as error:
-        raise DebugInfoError(f"cannot load the kernel's debugging information: {error}") from None
+        raise DebugInfoError(
+            f"cannot load the kernel's debugging information: {reason(error)}"
+        ) from None
     if not _has_debug_info(prog):
         raise DebugInfoError(_missing(prog, build_id, symbols, kernel_directories))
     _check_release(prog)
@@ -80,7 +83,7 @@ def load_types(path: Path, prog: Program) -> None:
     try:
         module.try_file(str(path))
     except Exception as error:
-        raise DebugInfoError(f"{path}: {error}") from None
+        raise DebugInfoError(f"{path}: {reason(error)}") from None
     if module.debug_file_status != ModuleFileStatus.HAVE:
         raise DebugInfoError(f"{path}: it has no debugging information (DWARF): a stripped file?")
 
@@ -112,7 +115,7 @@ def read_symbols_header(path: Path) -> tuple[ElfFile, str | None]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise DebugInfoError(f"--symbols {path}: {error.strerror}") from None
+        raise DebugInfoError(f"--symbols {path}: {reason(error)}") from None
     try:
         start = os.pread(fd, 1024, 0)
         if not start.startswith(MAGIC):
@@ -125,9 +128,9 @@ def read_symbols_header(path: Path) -> tuple[ElfFile, str | None]:
             )
         return elf, elf.build_id()
     except OSError as error:
-        raise DebugInfoError(f"--symbols {path}: {error.strerror}") from None
+        raise DebugInfoError(f"--symbols {path}: {reason(error)}") from None
     except ElfError as error:
-        raise DebugInfoError(f"--symbols {path}: not a usable ELF file: {error}") from None
+        raise DebugInfoError(f"--symbols {path}: not a usable ELF file: {reason(error)}") from None
     finally:
         os.close(fd)
 

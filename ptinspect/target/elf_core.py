@@ -15,6 +15,7 @@ from ptinspect.target import chained, elf, recovery, riscv64, vmcoreinfo, xen
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.elf import ElfError, ElfFile
 from ptinspect.target.options import INCOMPLETE, Target, TargetKind
+from ptinspect.target.wording import reason
 
 #: e_flags of an ELF dump that makedumpfile could not finish (its DUMP_ELF_INCOMPLETE).
 _ELF_INCOMPLETE = 1
@@ -31,7 +32,7 @@ def open_elf(path: Path, fd: int, wanted: TargetArchitecture | None, note: bytes
     try:
         dump = elf.read_elf(fd)
     except ElfError as error:
-        raise TargetError(f"{path}: not a usable dump: {error}") from None
+        raise TargetError(f"{path}: not a usable dump: {reason(error)}") from None
     if dump.type != elf.ET_CORE:
         raise TargetError(f"{path}: not a dump: {dump.type_name} (give a vmlinux with --symbols)")
     found = _architecture(path, dump)
@@ -104,7 +105,7 @@ def _elf_program(path: Path, note: bytes | None) -> Program:
         prog = Program(vmcoreinfo=note)
         prog.set_core_dump(path)
     except Exception as error:
-        raise TargetError(f"{path}: {error}") from None
+        raise TargetError(f"{path}: {reason(error)}") from None
     return prog
 
 

@@ -18,6 +18,7 @@ from ptinspect.target import recovery, riscv64
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.options import Target, TargetKind
 from ptinspect.target.qmp import QmpConnection
+from ptinspect.target.wording import reason
 
 #: A line of ``info mtree -f``: "  0000000000000000-00000000000bffff (prio 0, ram): ..."
 _RAM_RANGE = re.compile(r"^\s+([0-9a-f]+)-([0-9a-f]+) \(prio -?\d+, (?:nv-)?ram\)", re.MULTILINE)
@@ -64,7 +65,7 @@ def _attach(
     except BlockingIOError:
         raise TargetError(f"{name}: QEMU does not answer") from None
     except Exception as error:
-        raise TargetError(f"{name}: {error}") from None
+        raise TargetError(f"{name}: {reason(error)}") from None
     assert prog.platform is not None
     found = architectures.by_platform(name, prog.platform)
     if wanted is not None and wanted != found:

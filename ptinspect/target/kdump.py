@@ -38,9 +38,9 @@ _MACHINE_INDEX = 4
 #: status, block_size, sub_hdr_size, bitmap_blocks, max_mapnr (of a 64-bit kernel's header).
 _FIELDS_OFFSET = 424
 _FIELDS = "IIiII"
-#: phys_base, dump_level, split, start_pfn, end_pfn, offset_vmcoreinfo, size_vmcoreinfo,
-#: offset_note, size_note.
-_SUB_HEADER = "QiiQQQQQQ"
+#: phys_base, dump_level, split, start_pfn, end_pfn; then offset and size of VMCOREINFO, of the
+#: CPUs' notes, and of the record of erased data.
+_SUB_HEADER = "QiiQQQQQQQQ"
 #: offset, size, flags, page_flags of each page.
 _PAGE_DESCRIPTOR_BYTES = 24
 
@@ -137,9 +137,10 @@ def read_kdump(fd: int) -> Kdump:
     raw = read(block_size, sub.size)
     if len(raw) < sub.size:
         raise KdumpError("truncated dump: it ends within its header")
-    _, _, split, _, _, info_offset, info_size, note_offset, note_size = sub.unpack(raw)
+    _, _, split, _, _, *parts = sub.unpack(raw)
     if split:
         raise KdumpError("one part of a split dump; join the parts with makedumpfile --reassemble")
+    info, notes, _ = (_part(read, *parts[at : at + 2]) for at in (0, 2, 4))
     incomplete = bool(status & _INCOMPLETE)
     # After the headers come two bitmaps (memory that exists, pages in the file), then a descriptor
     # for each page in the file, then the pages.
@@ -156,7 +157,6 @@ def read_kdump(fd: int) -> Kdump:
             _check_data(read, size, order, bitmaps + 2 * half, _count_bits(bitmap))
     machine: str | None = _utsname(start, _MACHINE_INDEX)
     if not machine or machine == "Unknown":
-        notes = read(note_offset, min(note_size, _MOST_NOTE_BYTES)) if note_size else b""
         machine = _machine_of(parse_notes(notes, order == "<"), order == "<")
     return Kdump(
         flattened=flattened,
@@ -164,10 +164,23 @@ def read_kdump(fd: int) -> Kdump:
         machine=machine,
         block_size=block_size,
         bitmap=bitmap,
-        vmcoreinfo=read(info_offset, min(info_size, _MOST_NOTE_BYTES)) if info_size else None,
+        vmcoreinfo=info or None,
         incomplete=incomplete,
         excluded_vmemmap=bool(status & _EXCLUDED_VMEMMAP),
     )
+
+
+def _part(read: Reader, offset: int, size: int) -> bytes:
+    """
+    What the sub-header points to.
+
+    libkdumpfile maps all of these into memory; one beyond the end of the file would end the process
+    with SIGBUS.
+    """
+    data = read(offset, min(size, _MOST_NOTE_BYTES)) if size else b""
+    if len(data) < size:
+        raise KdumpError("its header is malformed: a note beyond the end of the file")
+    return data
 
 
 def _plain_reader(fd: int) -> Reader:

@@ -17,6 +17,7 @@ from ptinspect.target import drgn_log, kdump, recovery, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.kdump import Kdump, KdumpError
 from ptinspect.target.options import INCOMPLETE, Target, TargetKind
+from ptinspect.target.wording import reason
 
 #: Tells drgn to translate addresses of kdump files itself, where it can.
 _PREFER_WALKER = "DRGN_PREFER_PGTABLE_READER"
@@ -38,7 +39,7 @@ def open_kdump(
     try:
         dump = kdump.read_kdump(fd)
     except KdumpError as error:
-        raise TargetError(f"{path}: {error}") from None
+        raise TargetError(f"{path}: {reason(error)}") from None
     found = _architecture(path, dump, wanted)
     notes: tuple[str, ...] = ()
     if dump.incomplete:
@@ -107,7 +108,7 @@ def _physical(path: Path, dump: Kdump) -> Program:
     try:
         return _program(path, Platform(Architecture.X86_64), least.encode())
     except Exception as error:
-        raise TargetError(f"{path}: {error}") from None
+        raise TargetError(f"{path}: {reason(error)}") from None
 
 
 def _program(path: Path, platform: Platform, text: bytes) -> Program:

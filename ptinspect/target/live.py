@@ -14,6 +14,7 @@ from ptinspect.target import architecture as architectures
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.elf import ElfError, read_elf
 from ptinspect.target.options import Target, TargetKind
+from ptinspect.target.wording import reason
 
 KCORE = Path("/proc/kcore")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
@@ -31,7 +32,7 @@ def open_live(architecture: TargetArchitecture | None, note: bytes | None) -> Ta
     try:
         prog.set_kernel()
     except Exception as error:
-        raise TargetError(f"{KCORE}: {error}") from None
+        raise TargetError(f"{KCORE}: {reason(error)}") from None
     return Target(prog, TargetKind.LIVE, str(KCORE), racing=True)
 
 
@@ -45,12 +46,12 @@ def _check_kcore(path: Path, wanted: TargetArchitecture | None) -> None:
     except PermissionError:
         raise TargetError(_permission_problem(path)) from None
     except OSError as error:
-        raise TargetError(f"{path}: {error.strerror}") from None
+        raise TargetError(f"{path}: {reason(error)}") from None
     try:
         elf = read_elf(fd)
     except (ElfError, OSError) as error:
         raise TargetError(
-            f"{path}: it does not give the kernel's memory ({_reason(error)}); "
+            f"{path}: it does not give the kernel's memory ({reason(error)}); "
             "a container may hide it: run on the host"
         ) from None
     finally:
@@ -70,7 +71,3 @@ def _permission_problem(path: Path) -> str:
     if "[confidentiality]" in lockdown:
         return f"{path}: permission denied: kernel lockdown is in confidentiality mode"
     return f"{path}: permission denied even to root: CAP_SYS_RAWIO is missing (a container?)"
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -17,6 +17,7 @@ from typing import Callable
 
 from ptinspect.errors import TargetError
 from ptinspect.target.qmp import QmpConnection
+from ptinspect.target.wording import reason
 
 #: Seconds that the guard gets to end once it is dismissed.
 _GUARD_SECONDS = 20.0
@@ -41,7 +42,7 @@ def paused(connection: QmpConnection) -> Iterator[str]:
     try:
         running = connection.is_running()
     except OSError as error:
-        raise TargetError(f"{connection.address}: {error}") from None
+        raise TargetError(f"{connection.address}: {reason(error)}") from None
     if not running:
         yield "the guest was already stopped, and stays so"
         return
@@ -103,7 +104,7 @@ def _guard(connection: QmpConnection) -> Iterator[Callable[[], None]]:
             start_new_session=True,
         )
     except OSError as error:
-        raise TargetError(f"not paused: no guard can be started: {error}") from None
+        raise TargetError(f"not paused: no guard can be started: {reason(error)}") from None
     assert guard.stdin is not None
     assert guard.stdout is not None
 

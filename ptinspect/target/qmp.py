@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 from ptinspect.errors import TargetError
+from ptinspect.target.wording import reason
 
 #: Seconds within which QEMU greets a client, which it does at once unless it has another one.
 _GREETING_SECONDS = 5.0
@@ -133,7 +134,7 @@ class QmpConnection:
             try:
                 data = self._peek(deadline)
             except OSError as error:
-                raise TargetError(f"{self.address}: {error.strerror}") from None
+                raise TargetError(f"{self.address}: {reason(error)}") from None
             if data is None:
                 break
             if not data:
@@ -208,5 +209,5 @@ def _connect_problem(address: str, error: OSError) -> str:
     if isinstance(error, PermissionError):
         return "permission denied (run as the user that runs QEMU, or as root)"
     if not isinstance(error, socket.gaierror) and os.path.exists(address):
-        return f"not a QMP socket ({error.strerror or error})"
-    return error.strerror or str(error)
+        return f"not a QMP socket ({reason(error)})"
+    return reason(error)

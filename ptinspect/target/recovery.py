@@ -11,6 +11,7 @@ from drgn import Architecture, FaultError, Program
 from ptinspect.errors import TargetError
 from ptinspect.target import chained, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
+from ptinspect.target.wording import reason
 
 
 def with_note(
@@ -28,7 +29,7 @@ def with_note(
     except TargetError:
         raise
     except Exception as error:
-        raise TargetError(f"{name}: {error}") from None
+        raise TargetError(f"{name}: {reason(error)}") from None
 
 
 def find_note(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptinspect.errors import TargetError
+from ptinspect.target.wording import reason
 
 DUMP = "vmcore"
 SYMBOLS = "vmlinux.debug"
@@ -103,7 +104,7 @@ def _unpacked(packed: Path) -> Path:
         if not target.is_file():
             _unpack(packed, target)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise TargetError(f"cannot unpack {packed}: {error}") from None
+        raise TargetError(f"cannot unpack {packed}: {reason(error)}") from None
     return target
 
 

@@ -17,6 +17,7 @@ from typing import Callable, Optional
 
 from ptinspect.errors import TargetError
 from ptinspect.target.elf import ET_CORE, MAGIC, ElfError, parse_notes, read_elf
+from ptinspect.target.wording import reason
 
 NAME = b"VMCOREINFO"
 
@@ -92,7 +93,7 @@ def read_file(path: Path) -> bytes:
             is_elf = data.startswith(MAGIC)
             text = _note_of_core(file.fileno()) if is_elf else _text_of_note(data)
     except (OSError, ElfError) as error:
-        raise TargetError(f"--vmcoreinfo {path}: {_reason(error)}") from None
+        raise TargetError(f"--vmcoreinfo {path}: {reason(error)}") from None
     why = problem(text)
     if why:
         raise TargetError(f"--vmcoreinfo {path}: not a VMCOREINFO: {why}")
@@ -222,7 +223,3 @@ def _is_hexadecimal(value: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

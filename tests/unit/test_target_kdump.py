@@ -151,3 +151,13 @@ def test_malformed(tmp_path: Path, block_size: int) -> None:
 def test_no_version(tmp_path: Path) -> None:
     with pytest.raises(KdumpError, match="no version"):
         read(tmp_path, b"KDUMP   " + bytes(8192))
+
+
+@pytest.mark.parametrize("field", [32, 40, 48, 56, 64, 72])
+def test_notes_beyond_the_end(tmp_path: Path, field: int) -> None:
+    """libkdumpfile would die of these with SIGBUS."""
+    data = bytearray(kdump(MEMORY, vmcoreinfo=b"OSRELEASE=1\n"))
+    data[4096 + field + 7] = 1
+    data[4096 + (field ^ 8)] |= 1
+    with pytest.raises(KdumpError, match="a note beyond the end of the file"):
+        read(tmp_path, bytes(data))
