@@ -7,10 +7,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from resting import Running, resting_guest
+from opened import Sample
+from resting import Running, Stock, resting_guest
+
+from ptinspect.tables.scan import scan_memmap
+from ptinspect.target import open_target
+
+STOCK_KERNELS = (
+    Stock("trixie", "x86_64", "6.12"),
+    Stock("trixie", "s390x", "6.12"),
+    Stock("forky", "aarch64", "7.2"),
+    Stock("trixie", "ppc64le", "6.12"),
+)
 
 
-@pytest.fixture(scope="session", params=["x86_64", "s390x"])
-def debian_612(request: pytest.FixtureRequest) -> Iterator[Running]:
-    with resting_guest("trixie", request.param, "6.12", 1024) as running:
-        yield running
+@pytest.fixture(scope="session", params=STOCK_KERNELS, ids=str)
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A running guest, of each kernel in turn."""
+    with resting_guest(request.param) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="module")
+def sample(running: Running) -> Iterator[Sample]:
+    """The same guest stopped and opened, in the shape in which samples are tested."""
+    with open_target(running.paused) as target:
+        prog = target.prog
+        yield Sample(running.kernel.release, prog, running.truth, scan_memmap(prog), running.texts)

@@ -16,6 +16,7 @@ from lab.guest import Guest
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, debian_kernel
 from lab.truth import parse_report
+from ptinspect.target import TargetOptions
 
 
 class Running(NamedTuple):
@@ -24,17 +25,42 @@ class Running(NamedTuple):
     guest: Guest
     kernel: Kernel
     truth: dict[str, Any]
+    texts: dict[str, str]
+
+    @property
+    def paused(self) -> TargetOptions:
+        """How to look into it, stopped."""
+        return TargetOptions(
+            qemu=str(self.guest.qmp_socket), symbols=(self.kernel.vmlinux,), pause=True
+        )
+
+    def status(self) -> str:
+        """QEMU's word for whether it runs."""
+        return str(self.guest.control.execute("query-status")["status"])
+
+
+class Stock(NamedTuple):
+    """A stock kernel, by Debian's names."""
+
+    suite: str
+    architecture: str
+    series: str
+    #: MiB
+    memory: int = 1024
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.series}"
 
 
 @contextmanager
-def resting_guest(suite: str, architecture: str, series: str, memory: int) -> Iterator[Running]:
+def resting_guest(stock: Stock) -> Iterator[Running]:
     """Boot a stock kernel with the workload and wait until it rests."""
     try:
-        kernel = debian_kernel(suite, architecture, series)
+        kernel = debian_kernel(stock.suite, stock.architecture, stock.series)
         initrd = workload_initramfs(kernel.arch, kernel.modules)
-        guest = Guest(kernel.arch, kernel.image, initrd, memory=memory, smp="2")
+        guest = Guest(kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2")
     except (MissingToolError, ArchiveUnreachableError) as error:
         pytest.skip(str(error))
     with guest:
-        console = guest.wait_for("@@ready", timeout=300)
-        yield Running(guest, kernel, parse_report(console)[0])
+        console = guest.wait_for("@@ready", timeout=600)
+        yield Running(guest, kernel, *parse_report(console))

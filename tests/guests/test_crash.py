@@ -32,18 +32,18 @@ NOT_WALKED = (0xFFFFFE0000000000, 0xFFFFFFFF80000000)
 _VTOP = re.compile(r"^VIRTUAL +PHYSICAL *\n([0-9a-f]+) +([0-9a-f]+|\(not mapped\))", re.M)
 
 
-def test_crash_agrees(debian_612: Running, tmp_path: Path) -> None:
-    if debian_612.kernel.arch.name != "x86_64":
+def test_crash_agrees(running: Running, tmp_path: Path) -> None:
+    if running.kernel.arch.name != "x86_64":
         pytest.skip("crash here is a program for x86_64 dumps")
     core = tmp_path / "vmcore"
-    debian_612.guest.stop()
+    running.guest.stop()
     try:
-        debian_612.guest.dump(core)
+        running.guest.dump(core)
     finally:
-        debian_612.guest.cont()
+        running.guest.cont()
     asked: list[tuple[int, int]] = []
     commands = []
-    symbols = (debian_612.kernel.vmlinux,)
+    symbols = (running.kernel.vmlinux,)
     with open_target(TargetOptions(core=core, symbols=symbols)) as target:
         prog = target.prog
         paging = paging_of(prog)
@@ -70,7 +70,7 @@ def test_crash_agrees(debian_612: Running, tmp_path: Path) -> None:
                     asked.append((address, found.physical))
                     commands.append(f"vtop {'-k' if space.kernel else '-u'} {address:x}")
     try:
-        answer = ask_crash(core, debian_612.kernel.vmlinux, [*commands, "kmem -m page_type"])
+        answer = ask_crash(core, running.kernel.vmlinux, [*commands, "kmem -m page_type"])
     except ArchiveUnreachableError as error:
         pytest.skip(str(error))
     told = [(int(a, 16), b) for a, b in _VTOP.findall(answer)]

@@ -12,33 +12,23 @@ import pytest
 from resting import Running
 
 from ptinspect import scan_memmap, summarise
-from ptinspect.target import TargetOptions, open_target
+from ptinspect.target import open_target
 
 pytestmark = pytest.mark.guest
 
 
-def options(running: Running) -> TargetOptions:
-    return TargetOptions(
-        qemu=str(running.guest.qmp_socket), symbols=(running.kernel.vmlinux,), pause=True
-    )
-
-
-def status(running: Running) -> str:
-    return str(running.guest.control.execute("query-status")["status"])
-
-
-def test_typed_pages_equal_the_kernels_counter(debian_612: Running) -> None:
-    with open_target(options(debian_612)) as target:
-        assert status(debian_612) == "paused"
+def test_typed_pages_equal_the_kernels_counter(running: Running) -> None:
+    with open_target(running.paused) as target:
+        assert running.status() == "paused"
         scan = scan_memmap(target.prog)
         summary = summarise(target.prog, scan)
-    assert status(debian_612) == "running"
+    assert running.status() == "running"
     assert summary.counter is not None
     assert summary.complete
     assert summary.difference == 0
     # The guest rests since its report, but its kernel threads do not sleep: what they may change
     # is checked against the counter of the same instant above, the report against the bulk.
-    truth = debian_612.truth
+    truth = running.truth
     assert summary.counter.exact_pages == pytest.approx(
         truth["nr_page_table_pages"]["exact"], abs=8
     )
@@ -58,16 +48,16 @@ def run(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_commands_on_a_paused_guest(debian_612: Running) -> None:
-    summary = run(debian_612, "summary", "--format", "json")
+def test_commands_on_a_paused_guest(running: Running) -> None:
+    summary = run(running, "summary", "--format", "json")
     assert summary.returncode == 0, summary.stderr
     answer = json.loads(summary.stdout)
     assert answer["complete"]
     assert answer["tables"]["accounting"]["difference"] == 0
-    listing = run(debian_612, "list", "--format", "json", "--limit", "3")
+    listing = run(running, "list", "--format", "json", "--limit", "3")
     assert listing.returncode == 0, listing.stderr
     first = json.loads(listing.stdout)["tables"]["descriptors"][0]
-    shown = run(debian_612, "show", f"page:{first['ptdesc']}", "--format", "json")
+    shown = run(running, "show", f"page:{first['ptdesc']}", "--format", "json")
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["tables"]["descriptor"]["pfn"] == first["pfn"]
-    assert status(debian_612) == "running"
+    assert running.status() == "running"

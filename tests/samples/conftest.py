@@ -19,6 +19,8 @@ VMCORES = Path(__file__).parents[2] / "vmcores"
 
 @pytest.fixture(scope="session", params=sample_names())
 def sample(request: pytest.FixtureRequest) -> Iterator[Sample]:
-    truth = json.loads((VMCORES / request.param / "truth.json").read_text())
+    folder = VMCORES / request.param
+    truth = json.loads((folder / "truth.json").read_text())
+    texts = {path.name: path.read_text() for path in folder.glob("*page_tables*.txt")}
     with open_target(TargetOptions(sample=request.param)) as target:
-        yield Sample(request.param, target.prog, truth, scan_memmap(target.prog))
+        yield Sample(request.param, target.prog, truth, scan_memmap(target.prog), texts)

@@ -19,3 +19,5 @@ class Sample:
     #: What the guest's own kernel said at the instant of the dump.
     truth: dict[str, Any]
     scan: MemmapScan
+    #: The kernel's own dumps of its page tables (debugfs), by file name.
+    texts: dict[str, str]

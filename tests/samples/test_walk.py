@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +23,6 @@ from ptinspect.tables.ranges import SpaceMap, map_space
 from ptinspect.tables.spaces import Found, Space, SpaceKind, SpaceList, find_spaces
 from ptinspect.tables.usage import space_usage
 from ptinspect.tables.walk import RowState, Tables, walk_spaces
-
-VMCORES = Path(__file__).parents[2] / "vmcores"
 
 #: PTE of s390 that is present for the kernel, but invalid for the hardware while it is old.
 S390_PAGE_INVALID = 0x400
@@ -250,15 +247,13 @@ def as_ptdump(paging: Paging, space_map: SpaceMap) -> list[PtdumpLine]:
 
 def test_kernel_map_against_debugfs(sample: Sample) -> None:
     """Every range of the kernel's own page-table dump, with its permissions and level."""
-    files = list((VMCORES / sample.name).glob("*page_tables*kernel.txt"))
-    files += list((VMCORES / sample.name).glob("kernel_page_tables*"))
-    files = [file for file in files if "current" not in file.name]
-    if not files:
+    texts = [text for name, text in sample.texts.items() if "current" not in name]
+    if not texts:
         pytest.skip("this kernel has no page_tables in debugfs")
-    (file,) = files
+    (text,) = texts
     paging, spaces, _, _ = walked(sample)
     assert spaces.kernel is not None
-    theirs = set(ptdump_lines(file.read_text()))
+    theirs = set(ptdump_lines(text))
     ours = set(as_ptdump(paging, mapped(sample, spaces.kernel)))
     assert len(theirs) > 5
     assert theirs - ours == set()
