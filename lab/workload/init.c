@@ -120,6 +120,32 @@ static void late_on_cpu(int cpu, int tables)
 		peek(at + i * TABLE_SPAN);
 }
 
+/*
+ * The kernel's own movers of pages are stopped for good: what is looked at long after the report
+ * still has to be what was reported. What a kernel lacks cannot be written, and need not be.
+ */
+static void stop_movers(void)
+{
+	static const struct {
+		const char *path, *text;
+	} settings[] = {
+		/*
+		 * khugepaged ends when no huge page may be made any more (mm/khugepaged.c,
+		 * start_stop_khugepaged); huge pages that are there stay. Writing its sleep or scan
+		 * settings would only wake it up for another pass.
+		 */
+		{ "/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never" },
+		{ "/sys/kernel/mm/transparent_hugepage/enabled", "never" },
+		{ "/sys/kernel/mm/ksm/run", "0" },
+		{ "/proc/sys/kernel/numa_balancing", "0" },
+		{ "/proc/sys/vm/compaction_proactiveness", "0" },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(settings) / sizeof(*settings); i++)
+		write_file(settings[i].path, settings[i].text);
+}
+
 static unsigned long reported_flags;
 
 static void report_counters(long folded, unsigned long folded_flags)
@@ -268,6 +294,7 @@ int main(int argc, char **argv)
 	make_gmaps(argv[0]);
 
 	/* Nothing may move any more: no write-back, no folding of counters, no exits under way. */
+	stop_movers();
 	sync();
 	write_file("/proc/sys/vm/drop_caches", "3");
 	write_file("/proc/sys/vm/stat_interval", "100000");
