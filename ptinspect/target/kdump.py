@@ -95,6 +95,8 @@ class Kdump:
     incomplete: bool
     #: The parts of the memory map that describe no page in the file were left out.
     excluded_vmemmap: bool
+    #: makedumpfile's -d: which kinds of page were left out. QEMU writes 1, but leaves none out.
+    dump_level: int
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Start and size in bytes of each range of physical memory that the file has."""
@@ -137,7 +139,7 @@ def read_kdump(fd: int) -> Kdump:
     raw = read(block_size, sub.size)
     if len(raw) < sub.size:
         raise KdumpError("truncated dump: it ends within its header")
-    _, _, split, _, _, *parts = sub.unpack(raw)
+    _, dump_level, split, _, _, *parts = sub.unpack(raw)
     if split:
         raise KdumpError("one part of a split dump; join the parts with makedumpfile --reassemble")
     info, notes, _ = (_part(read, *parts[at : at + 2]) for at in (0, 2, 4))
@@ -167,6 +169,7 @@ def read_kdump(fd: int) -> Kdump:
         vmcoreinfo=info or None,
         incomplete=incomplete,
         excluded_vmemmap=bool(status & _EXCLUDED_VMEMMAP),
+        dump_level=dump_level,
     )
 
 

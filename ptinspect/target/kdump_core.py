@@ -46,6 +46,12 @@ def open_kdump(
         notes += (INCOMPLETE,)
     if dump.excluded_vmemmap:
         notes += ("makedumpfile -e left out parts of the memory map",)
+    if dump.dump_level > 1:
+        # A page table that was all zero is left out too, and cannot be told from other pages.
+        notes += (
+            f"filtered dump (makedumpfile -d {dump.dump_level}): "
+            "what was left out, empty page tables among it, cannot be read",
+        )
     if dump.flattened:
         notes += ("flattened kdump",)
     text = note if note is not None else dump.vmcoreinfo

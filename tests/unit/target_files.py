@@ -157,6 +157,7 @@ def kdump(
     notes: bytes = b"",
     status: int = 1,
     split: int = 0,
+    dump_level: int = 1,
     block_size: int = 4096,
 ) -> bytes:
     """A kdump-compressed file (zlib) of physical memory from address 0."""
@@ -177,7 +178,7 @@ def kdump(
         order + "QiiQQQQQQ",
         sub,
         0,
-        *(0, 1, split, 0, 0),
+        *(0, dump_level, split, 0, 0),
         *((info_at, len(vmcoreinfo)) if vmcoreinfo else (0, 0)),
         *((notes_at, len(notes)) if notes else (0, 0)),
     )

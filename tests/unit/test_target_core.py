@@ -313,6 +313,11 @@ def test_incomplete_kdump(tmp_path: Path) -> None:
     assert target.prog.read(UTS, 5, True) == b"Linux"
 
 
+def test_filtered_dump_is_told(tmp_path: Path) -> None:
+    content = kdump(bytes(x86_memory()), vmcoreinfo=x86_text(), dump_level=31)
+    assert "filtered dump (makedumpfile -d 31)" in opened(tmp_path, content).notes[0]
+
+
 def test_partial_memory_map_is_told(tmp_path: Path) -> None:
     content = kdump(bytes(x86_memory()), vmcoreinfo=x86_text(), status=0x11)
     assert "makedumpfile -e" in opened(tmp_path, content).notes[0]

@@ -56,7 +56,7 @@ def test_ranges(tmp_path: Path) -> None:
 def test_ranges_in_chunks(bitmap: bytes) -> None:
     """As one would do it bit by bit."""
     bits = [byte >> bit & 1 for byte in bitmap for bit in range(8)]
-    dump = Kdump(False, True, None, 4096, bitmap, None, False, False)
+    dump = Kdump(False, True, None, 4096, bitmap, None, False, False, 1)
     with mock.patch.object(kdump_module, "_BITMAP_CHUNK_BYTES", 3):
         ranges = list(dump.ranges())
         assert kdump_module._count_bits(bitmap) == sum(bits)
