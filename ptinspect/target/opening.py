@@ -16,11 +16,12 @@ from ptinspect.target import architecture as architectures
 from ptinspect.target import debuginfo, recovery, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.core import open_core
-from ptinspect.target.guest import open_guest
-from ptinspect.target.live import open_live
+from ptinspect.target.guest import Guest, open_guest
+from ptinspect.target.live import KCORE, open_live
 from ptinspect.target.options import Target, TargetKind, TargetOptions
 from ptinspect.target.pause import paused
 from ptinspect.target.samples import open_sample
+from ptinspect.target.wording import reason
 from ptinspect.target.xen import refuse_xen_pv
 
 
@@ -37,33 +38,47 @@ def open_target(options: TargetOptions) -> Iterator[Target]:
     :raises UsageError: if the options contradict each other
     """
     _check_options(options)
+    with ExitStack() as stack:
+        try:
+            target = _open(options, stack)
+        except OSError as error:
+            # A file or a QEMU that vanished in the middle of it.
+            what = options.qemu or options.core or options.sample or KCORE
+            raise TargetError(f"{what}: lost while it was opened: {reason(error)}") from None
+        yield target
+
+
+def _open(options: TargetOptions, stack: ExitStack) -> Target:
+    """
+    :param stack: What has to be undone in the end.
+    """
     note = vmcoreinfo.read_file(options.vmcoreinfo) if options.vmcoreinfo else None
     architecture = (
         architectures.by_name(options.architecture) if options.architecture is not None else None
     )
-    with ExitStack() as stack:
-        symbols = options.symbols
-        if options.sample is not None:
-            sample = open_sample(options.sample)
-            symbols = symbols or (sample.symbols,)
-            opened = open_core(sample.core, architecture, note)
-            target = replace(opened, kind=TargetKind.SAMPLE, name=sample.name)
-        elif options.core is not None:
-            target = open_core(options.core, architecture, note)
-        elif options.qemu is not None:
-            guest = stack.enter_context(open_guest(options.qemu, architecture, note))
-            target = guest.target
-        else:
-            target = open_live(architecture, note)
-        if _check_memory(target, options.vmcoreinfo) is None:
-            target = replace(target, notes=(*target.notes, "the kernel's own data cannot be read"))
-        debuginfo.load(target.prog, symbols, options.kernel_directory)
-        refuse_xen_pv(target.prog)
-        if options.pause and options.qemu is not None:
-            # Only now: while debugging information is loaded the guest need not stand still.
-            how = stack.enter_context(paused(guest.connection))
-            target = replace(target, racing=False, notes=(*target.notes, how))
-        yield target
+    symbols = options.symbols
+    guest: Guest | None = None
+    if options.sample is not None:
+        sample = open_sample(options.sample)
+        symbols = symbols or (sample.symbols,)
+        opened = open_core(sample.core, architecture, note)
+        target = replace(opened, kind=TargetKind.SAMPLE, name=sample.name)
+    elif options.core is not None:
+        target = open_core(options.core, architecture, note)
+    elif options.qemu is not None:
+        guest = stack.enter_context(open_guest(options.qemu, architecture, note))
+        target = guest.target
+    else:
+        target = open_live(architecture, note)
+    if _check_memory(target, options.vmcoreinfo) is None:
+        target = replace(target, notes=(*target.notes, "the kernel's own data cannot be read"))
+    debuginfo.load(target.prog, symbols, options.kernel_directory)
+    refuse_xen_pv(target.prog)
+    if options.pause and guest is not None:
+        # Only now: while debugging information is loaded the guest need not stand still.
+        how = stack.enter_context(paused(guest.connection))
+        target = replace(target, racing=False, notes=(*target.notes, how))
+    return target
 
 
 def _check_memory(target: Target, note_file: Path | None) -> bool | None:

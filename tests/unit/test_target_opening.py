@@ -15,7 +15,7 @@ from target_fake_qemu import FakeQemu
 from target_files import Load, debug_file, elf_core, kdump, note, x86_memory, x86_text
 
 from ptinspect.errors import DebugInfoError, ExitStatus, TargetError, UsageError
-from ptinspect.target import TargetKind, TargetOptions, open_target
+from ptinspect.target import TargetKind, TargetOptions, guest, open_target
 from ptinspect.target.xen import refuse_xen_pv
 
 WHOLE_ELF = elf_core([Load(0, bytes(x86_memory()))], note(b"VMCOREINFO", 0, x86_text()))
@@ -95,6 +95,13 @@ def test_guest_is_not_stopped_for_nothing(tmp_path: Path) -> None:
     with FakeQemu(tmp_path, device=True) as fake:
         assert "no debugging information" in fails(qemu=fake.socket, pause=True)
         assert fake.cpu_commands() == []
+
+
+def test_guest_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After drgn has attached, before everything is read."""
+    with FakeQemu(tmp_path, device=True) as fake:
+        monkeypatch.setattr(guest, "_is_slow", lambda prog, ranges: fake.end())
+        assert "qmp: lost while it was opened: No such process" in fails(qemu=fake.socket)
 
 
 def test_wrong_vmlinux(core: Path, vmlinux: Path) -> None:
