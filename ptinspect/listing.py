@@ -209,7 +209,7 @@ class Listing:
             text = decode_page_flags_value(self._prog, word)
             if kernel_bit is not None and word & kernel_bit:
                 text = text.replace("PG_referenced", "PT_kernel")
-            names.append(text)
+            names.append("none" if text == "0" else text)
         return np.array(names or [""])[rows.reshape(-1)] if len(rows) else np.empty(0, "U1")
 
     def _field_name(self, name: str) -> str:
@@ -288,8 +288,11 @@ class Listing:
         rows = np.flatnonzero(wanted)
         if sort is not None:
             keys = self.column(sort.lstrip("-")).values[rows]
-            order = np.argsort(keys, kind="stable")
-            rows = rows[order[::-1] if sort.startswith("-") else order]
+            if sort.startswith("-"):
+                # Equal rows stay in order of their page frame.
+                rows = rows[::-1][np.argsort(keys[::-1], kind="stable")][::-1]
+            else:
+                rows = rows[np.argsort(keys, kind="stable")]
         return rows if limit is None else rows[:limit]
 
     def _meets(self, condition: str) -> BoolArray:

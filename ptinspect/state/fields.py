@@ -213,7 +213,7 @@ def _flags(facts: _Facts) -> _Answer:
     bit = flags_bit(facts.prog, "PT_kernel")
     if bit is not None and value & bit:
         text = text.replace("PG_referenced", "PT_kernel")
-    return FieldState.VALUE, text
+    return FieldState.VALUE, "none" if text == "0" else text
 
 
 def _rcu_head(facts: _Facts) -> _Answer:
