@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tabulate import tabulate
 
 from bench.generated import generated_command
 from bench.watch import watched
+from lab.crash import ask_crash
 from lab.guest import Guest
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, build_kernel, debian_kernel
@@ -100,6 +102,33 @@ def _rows(
             )
 
 
+def _crash_rows(core: Path, kernel: Kernel, raw: float) -> Iterator[Sequence[str]]:
+    """
+    crash on the same ELF dump: its start, and its list of the page types.
+
+    :param raw: Pages a second of raw reads of the memory map.
+    """
+    seconds = []
+    listed = ""
+    for commands in ((), ("kmem -m page_type",)):
+        start = time.perf_counter()
+        listed = ask_crash(core, kernel.vmlinux, commands)
+        seconds.append(time.perf_counter() - start)
+    pages = listed.count("\n")
+    took = seconds[1] - seconds[0]
+    yield "ELF dump", "crash: start", "1", f"{seconds[0] * 1000:,.1f}", "", "", ""
+    rate = pages / took
+    yield (
+        "ELF dump",
+        "crash: kmem -m page_type",
+        f"{pages:,}",
+        f"{took * 1000:,.1f}",
+        f"{rate / 1000:,.0f}",
+        f"{rate / raw:.2f}",
+        "",
+    )
+
+
 _HEADERS = ("target", "what", "count", "ms", "thousand/s", "of raw", "peak anon MB")
 
 _KERNEL_OPTION = click.option(
@@ -152,6 +181,9 @@ def _bench(
         _resting_guest(kernel, memory, append, Path(folder)) as ways,
     ):
         rows = list(_rows(ways, plan))
+        if kernel.arch.name == "x86_64":
+            raw = measure("raw memmap", dict(ways)["ELF dump"]).rate
+            rows.extend(_crash_rows(Path(folder) / "elf", kernel, raw))
     click.echo(f"{title}; median of the rounds\n")
     click.echo(tabulate(rows, headers=_HEADERS, colalign=("left", "left", *["right"] * 5)))
 
