@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import click
-from drgn import FaultError
+from drgn import FaultError, ObjectNotFoundError
 
 from ptinspect import __version__
 from ptinspect.cli import descriptors, layout, processes, summary, translate
@@ -66,6 +66,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_status)
     except FaultError as error:
         return _fail(f"memory that the answer needs cannot be read: {error}", ExitStatus.INCOMPLETE)
+    except ObjectNotFoundError as error:
+        return _fail(f"this kernel lacks what the answer needs: {error}", ExitStatus.TARGET)
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough. What is still buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
