@@ -47,6 +47,7 @@ class Sample:
 
     append: str
     smp: str = "2"
+    kernel: str = ""  #: the small kernel, if it is not called as the sample is
     memory: int = 128  #: MiB
 
 
@@ -58,6 +59,9 @@ SAMPLES: dict[str, Sample] = {
     "x86_64-7.3": Sample(f"{_X86_APPEND} numa=fake=2", _X86_SMP),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
     "s390x-6.12": Sample("init_on_free=1"),
+    "arm64-7.3": Sample("init_on_free=1 lab_hugepages=4", kernel="aarch64-7.3"),
+    # 64K pages: every process and slab needs more.
+    "ppc64le-6.12": Sample("init_on_free=1 lab_hugepages=4", memory=256),
 }
 
 
@@ -70,6 +74,11 @@ def find_sample(name: str) -> Sample:
     if name not in SAMPLES:
         raise LabError(f"no sample {name!r}: there are {', '.join(SAMPLES)}")
     return SAMPLES[name]
+
+
+def kernel_name(name: str) -> str:
+    """Get the name of a sample's small kernel (lab/kernels.py)."""
+    return find_sample(name).kernel or name
 
 
 def debug_file(arch: Arch, vmlinux: Path, into: Path) -> None:
@@ -172,8 +181,7 @@ def make_sample(name: str) -> Path:
     :return: the sample's folder
     :raises LabError: if a step fails or the numbers do not agree
     """
-    find_sample(name)
-    kernel = build_kernel(name)
+    kernel = build_kernel(kernel_name(name))
     folder = cache("samples", name)
     truth, texts = run_guest(name, kernel, folder)
     truth["kernel"] = {"release": kernel.release, "arch": kernel.arch.name, **truth["kernel"]}
@@ -202,7 +210,7 @@ def _readme(
     name: str, kernel: Kernel, truth: dict[str, Any], shrunk: Shrunk, compared: dict[str, Any]
 ) -> str:
     """Write the sample's README."""
-    sample, recipe = find_sample(name), RECIPES[name]
+    sample, recipe = find_sample(name), RECIPES[kernel_name(name)]
     version = subprocess.run(
         [tool(kernel.arch.qemu, "qemu-system"), "--version"], stdout=subprocess.PIPE, text=True
     ).stdout.splitlines()[0]
@@ -269,7 +277,7 @@ def _readme(
             "`make tinyconfig`, then these (the whole configuration is in the dump: IKCONFIG):",
             "",
             "```",
-            *[line for line in fragment_text(name).splitlines() if "CONFIG_" in line],
+            *[line for line in fragment_text(kernel_name(name)).splitlines() if "CONFIG_" in line],
             "```",
             *(["", "Source changes:", "", *edits] if edits else []),
             "",

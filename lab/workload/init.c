@@ -72,6 +72,7 @@ static void make_states(void)
 	spawn("vfork-parent", state_vfork);
 	spawn("guard", state_guard);
 	spawn("ldt", state_ldt);
+	spawn("contiguous", state_64k);
 	/* One that has ended but that nobody waited for: a task without an address space. */
 	child = fork();
 	if (!child)

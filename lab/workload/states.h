@@ -206,6 +206,49 @@ static void state_thp(void)
 	made("thp-zero %p 2 reads that may map the huge zero page", zero);
 }
 
+/* Anonymous memory in pieces of 64 KiB: arm64 marks each piece's 16 entries as contiguous. */
+static void folios_64k(void)
+{
+	const char *enabled = "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled";
+	char *at = map_aligned(KIB(256), KIB(64), PROT_READ | PROT_WRITE, ANON);
+	size_t i;
+
+	if (!at || !write_file(enabled, "madvise"))
+		return skip("folios-64k: the kernel has no huge pages of 64 KiB");
+	madvise(at, KIB(256), MADV_HUGEPAGE);
+	for (i = 0; i < 4; i++)
+		poke(at + i * KIB(64));
+	/* The last piece's entries differ: they are not contiguous any more. */
+	mprotect(at + KIB(192) + 4 * page_size, page_size, PROT_READ);
+	write_file(enabled, "never");
+	made("folios-64k %p 4 pieces of 64 KiB, a page of the last one read-only", at);
+}
+
+/* Pages of hugetlb that are smaller than what a PMD entry maps: contiguous entries of a table. */
+static void hugetlb_64k(void)
+{
+	const char *number = "/sys/kernel/mm/hugepages/hugepages-64kB/nr_hugepages";
+	char *at;
+
+	if (!write_file(number, "2"))
+		return skip("hugetlb-64k: the kernel has no such pages");
+	at = map(NULL, KIB(128), PROT_READ | PROT_WRITE,
+		 ANON | MAP_HUGETLB | 16 << MAP_HUGE_SHIFT, -1);
+	if (!at)
+		return skip("hugetlb-64k: mmap failed (errno %d)", errno);
+	poke(at);
+	poke(at + KIB(64));
+	made("hugetlb-64k %p 2 pages of 64 KiB", at);
+}
+
+static void state_64k(void)
+{
+	if (page_size > KIB(16))
+		return skip("folios-64k, hugetlb-64k: pages are that large already");
+	folios_64k();
+	hugetlb_64k();
+}
+
 /* The sharing of PMD tables needs a shared mapping that covers an aligned GiB. */
 #define HUGETLB_AT ((void *)GIB(64))
 
