@@ -10,14 +10,13 @@ from enum import Enum
 from drgn import FaultError, Object, Program, sizeof
 from drgn.helpers.linux.mm import (
     compound_head,
-    in_direct_map,
     page_to_phys,
     pfn_to_page,
-    virt_to_page,
 )
 
 from ptinspect.errors import IncompleteError, UsageError
 from ptinspect.kernel.descriptor import page_ptdesc
+from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.tables.scan import PageRange, memmap_ranges
 
 
@@ -127,9 +126,11 @@ _DESCRIPTIONS = {
 def _guess_kind(prog: Program, ranges: list[PageRange], value: int) -> AddressKind:
     if _pfn_of_page(prog, ranges, value) is not None:
         return AddressKind.PTDESC
-    if value >> 63 or (_in_direct_map(prog, value) and not _has_pfn(ranges, value)):
+    if _has_pfn(ranges, value):
+        return AddressKind.PFN
+    if value >> 63 or _has_pfn(ranges, _direct_map_pfn(prog, value)):
         return AddressKind.VIRTUAL
-    return AddressKind.PFN if _has_pfn(ranges, value) else AddressKind.PHYSICAL
+    return AddressKind.PHYSICAL
 
 
 def _page_at(
@@ -138,10 +139,7 @@ def _page_at(
     if kind is AddressKind.PTDESC:
         pfn = _pfn_of_page(prog, ranges, value)
     elif kind is AddressKind.VIRTUAL:
-        if not _in_direct_map(prog, value):
-            return None
-        page = virt_to_page(prog, value)
-        pfn = _pfn_of_page(prog, ranges, page.value_())
+        pfn = _direct_map_pfn(prog, value)
     elif kind is AddressKind.PHYSICAL:
         pfn = value >> int(prog["PAGE_SHIFT"].value_())
     else:
@@ -163,8 +161,10 @@ def _pfn_of_page(prog: Program, ranges: list[PageRange], address: int) -> int | 
     return None
 
 
-def _in_direct_map(prog: Program, address: int) -> bool:
+def _direct_map_pfn(prog: Program, address: int) -> int:
+    """Page frame of a direct-map address; for other addresses one that does not exist."""
     try:
-        return bool(in_direct_map(prog, address))
+        physical = virtual_to_physical(prog, address)
     except (LookupError, FaultError, ValueError):
-        return False
+        return -1
+    return physical >> int(prog["PAGE_SHIFT"].value_())

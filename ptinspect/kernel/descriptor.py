@@ -10,6 +10,7 @@ which of the two it is, and that a descriptor lies over a page at all.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -30,12 +31,13 @@ from drgn.helpers.common.prog import takes_program_or_default
 from drgn.helpers.linux.mm import (
     page_flags,
     page_to_pfn,
-    page_to_virt,
+    page_to_phys,
     pfn_to_page,
     virt_to_page,
 )
 
 from ptinspect.errors import TargetError
+from ptinspect.kernel.direct_map import physical_to_virtual, virtual_to_physical
 
 __all__ = (
     "page_is_pgtable",
@@ -300,7 +302,13 @@ def virt_to_ptdesc(prog: Program, addr: IntegerLike) -> Object:
     :param addr: ``void *``
     :return: ``struct ptdesc *``
     """
-    return page_ptdesc(virt_to_page(prog, addr))
+    try:
+        page = virt_to_page(prog, addr)
+    except NotImplementedError:
+        # drgn 0.3 on riscv64.
+        physical = virtual_to_physical(prog, operator.index(addr))
+        page = pfn_to_page(prog, physical >> int(prog["PAGE_SHIFT"].value_()))
+    return page_ptdesc(page)
 
 
 def ptdesc_pfn(pt: Object) -> Object:
@@ -320,7 +328,8 @@ def ptdesc_address(pt: Object) -> Object:
     :param pt: ``struct ptdesc *``
     :return: ``void *``
     """
-    return page_to_virt(ptdesc_page(pt))
+    physical = int(page_to_phys(ptdesc_page(pt)).value_())
+    return Object(pt.prog_, "void *", physical_to_virtual(pt.prog_, physical))
 
 
 def ptdesc_test_kernel(pt: Object) -> bool | None:

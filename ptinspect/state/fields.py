@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from drgn import Architecture, FaultError, Object, Program, offsetof
-from drgn.helpers.linux.mm import decode_page_flags_value, page_to_phys, pfn_to_virt
+from drgn.helpers.linux.mm import decode_page_flags_value, page_to_phys
 
 from ptinspect.kernel.descriptor import (
     MEMBER_NAMES,
@@ -34,6 +34,7 @@ from ptinspect.kernel.descriptor import (
     ptdesc_test_kernel,
     ptdesc_type,
 )
+from ptinspect.kernel.direct_map import direct_map_offset, physical_to_virtual
 from ptinspect.kernel.layout import describe_ptl
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.records import Descriptor, Field, FieldState
@@ -91,7 +92,7 @@ def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = F
     marked = ptdesc_test_kernel(pt)
     facts = _Facts(prog, pt, raw[0], typed, level, marked is not None and (marked or of_kernel))
     try:
-        address = int(pfn_to_virt(prog, pfn).value_())
+        address = physical_to_virtual(prog, int(page_to_phys(page).value_()))
     except (LookupError, ValueError, FaultError):
         address = None
     return Descriptor(
@@ -155,12 +156,9 @@ def _names_its_mm(
 
 
 def direct_map_addresses(prog: Program, pfns: npt.NDArray[np.uint64]) -> AddressArray:
-    """Get the direct-map address of each page frame: the map is linear on every architecture."""
-    if not len(pfns):
-        return np.empty(0, np.uint64)
+    """Get the direct-map address of each page frame."""
     shift = np.uint64(prog["PAGE_SHIFT"].value_())
-    first = np.uint64(pfn_to_virt(prog, int(pfns[0])).value_())
-    addresses: AddressArray = first + ((pfns - pfns[0]) << shift)
+    addresses: AddressArray = (pfns << shift) + np.uint64(direct_map_offset(prog))
     return addresses
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 from drgn import FaultError, Object, Program, cast, offsetof, sizeof
-from drgn.helpers.linux.mm import PageSlab, page_to_virt
+from drgn.helpers.linux.mm import PageSlab, page_to_phys
 
 from ptinspect.kernel.descriptor import byte_order
+from ptinspect.kernel.direct_map import physical_to_virtual
 from ptinspect.memory import CHUNK_BYTES, AddressArray, ByteArray, read_blocks
 from ptinspect.tables.scan import PageRange, memmap_ranges
 
@@ -39,7 +40,7 @@ def slab_objects(prog: Program, cache: Object) -> AddressArray:
             if not PageSlab(page):
                 continue
             count = cast(slab_type, page).objects.value_()
-            first = page_to_virt(page).value_() + padding
+            first = physical_to_virtual(prog, int(page_to_phys(page).value_())) + padding
         except FaultError:
             continue
         parts.append(np.uint64(first) + np.arange(count, dtype=np.uint64) * np.uint64(size))

@@ -54,6 +54,8 @@ class MockKernel:
         self.holes: list[tuple[int, int]] = []
         self.types: dict[str, Type] = {}
         self.constants: dict[str, Object] = {}
+        # Where physical memory would be seen, had this kernel a direct map.
+        self.prog.cache["ptinspect_direct_map"] = 0xFFFF888000000000
         self._make_types()
         self._make_constants(pages)
         self.prog.register_type_finder("mock", self._find_type, enable_index=0)
