@@ -176,6 +176,8 @@ def test_pagemap_pages(sample: Sample) -> None:
 
 def test_every_present_page_against_drgn(sample: Sample) -> None:
     paging = walked(sample).paging
+    if paging.architecture == "riscv64":
+        pytest.skip("drgn 0.3 does not walk the tables of riscv64")
     for _, space in processes(sample):
         assert space.mm is not None
         mm = space.mm.object(sample.prog)
@@ -199,6 +201,8 @@ def test_every_present_page_against_drgn(sample: Sample) -> None:
 
 def test_kernel_addresses_against_drgn(sample: Sample) -> None:
     paging, spaces, _, _ = walked(sample)
+    if paging.architecture == "riscv64":
+        pytest.skip("drgn 0.3 does not walk the tables of riscv64")
     assert spaces.kernel is not None
     init_mm = sample.prog["init_mm"].address_of_()
     for area in mapped(sample, spaces.kernel).ranges[:400]:
