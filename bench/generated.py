@@ -47,7 +47,7 @@ class _EndlessMemmap(MockKernel):
 
     def __init__(self, pages: int) -> None:
         self._pages = pages
-        block = np.zeros((1 << 14, PAGE_BYTES // 4), np.uint32)
+        block = np.zeros((1 << 15, PAGE_BYTES // 4), np.uint32)
         block[:, 48 // 4] = NO_TYPE
         block[::TYPED_EVERY, 48 // 4] = CANONICAL_TYPE["7.3"]
         self._block = block.tobytes() * 2

@@ -26,7 +26,7 @@ from ptinspect.kernel.paging import paging_of
 from ptinspect.memory import CHUNK_BYTES, AddressArray
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.resident import resident_pages
-from ptinspect.tables.scan import memmap_ranges, scan_memmap
+from ptinspect.tables.scan import READ_BYTES, memmap_ranges, scan_memmap
 from ptinspect.tables.spaces import Space, find_spaces
 from ptinspect.tables.usage import space_usage
 from ptinspect.tables.walk import Tables, walk_spaces
@@ -62,7 +62,7 @@ def raw_memmap(prog: Program) -> Work:
             address = run.memmap
             end = address + (run.end_pfn - run.start_pfn) * size
             while address < end:
-                count = min(CHUNK_BYTES, end - address)
+                count = min(READ_BYTES, end - address)
                 prog.read(address, count)
                 address += count
             pages += run.end_pfn - run.start_pfn

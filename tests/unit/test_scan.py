@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from mock_kernel import CANONICAL_TYPE, FIRST_PFN, MEMMAP, NO_TYPE, PAGE_BYTES, PG_HEAD, MockKernel
 
-from ptinspect.tables.scan import counted_pages, scan_memmap
+from ptinspect.tables.scan import READ_BYTES, counted_pages, scan_memmap
 
 #: More struct pages than fit one read of the scan.
-MANY = 3 * (1 << 20) // PAGE_BYTES + 77
+MANY = 3 * READ_BYTES // PAGE_BYTES + 77
 
 #: Values of page_type that mean something else: another type, a mapped page.
 OTHER_TYPES = {
