@@ -22,7 +22,6 @@ from ptinspect.kernel.descriptor import (
     ptdesc_is_native,
 )
 from ptinspect.memory import (
-    CHUNK_BYTES,
     AddressArray,
     BoolArray,
     ByteArray,
