@@ -19,7 +19,7 @@ from tabulate import tabulate
 from bench.generated import generated_command
 from bench.watch import watched
 from lab.crash import ask_crash
-from lab.guest import Guest
+from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, build_kernel, debian_kernel
 
@@ -72,8 +72,11 @@ def _resting_guest(
     """Boot a guest, stop it when it rests, and yield the ways to look into it."""
     initrd = workload_initramfs(kernel.arch, kernel.modules)
     symbols = str(kernel.vmlinux)
-    with Guest(kernel.arch, kernel.image, initrd, memory=memory, smp="2", append=append) as guest:
-        guest.wait_for("@@ready", timeout=900)
+
+    def make() -> Guest:
+        return Guest(kernel.arch, kernel.image, initrd, memory=memory, smp="2", append=append)
+
+    with booted(make, "@@ready", timeout=900) as guest:
         guest.stop()
         ways = [("QMP", {"qemu": str(guest.qmp_socket), "symbols": symbols})]
         for form, name in (("elf", "ELF dump"), ("kdump-zlib", "kdump-zlib")):

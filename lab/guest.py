@@ -12,14 +12,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Callable
 
 from lab.arches import Arch
 from lab.errors import GuestError
-from lab.run import made_whole, tool
+from lab.run import made_whole, say, tool
 
 _QEMU_PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -245,3 +246,30 @@ class Guest:
             self.control.execute(
                 "dump-guest-memory", paging=False, protocol=f"file:{unfinished}", format=form
             )
+
+
+#: Under emulation a guest with two CPUs now and then oopses in its idle loop while it boots, before
+#: there is anything to look at.
+_BOOT_ATTEMPTS = 3
+
+
+@contextmanager
+def booted(make: Callable[[], Guest], text: str, timeout: float) -> Iterator[Guest]:
+    """
+    A guest that has said on its console that it is ready; one that dies before is booted again.
+
+    :param make: makes the guest, not yet started
+    :param text: what it says when it is ready
+    :raises GuestError: if none of some attempts gets there
+    """
+    for attempt in range(1, _BOOT_ATTEMPTS + 1):
+        with make() as guest:
+            try:
+                guest.wait_for(text, timeout)
+            except GuestError as error:
+                if attempt == _BOOT_ATTEMPTS:
+                    raise
+                say(f"the guest did not get ready, booting it again: {error}")
+                continue
+            yield guest
+            return

@@ -5,23 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 
 from lab.archive import ArchiveUnreachableError
-from lab.errors import GuestError, MissingToolError
-from lab.guest import Guest
+from lab.errors import MissingToolError
+from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, debian_kernel
 from lab.truth import parse_report
 from ptinspect.target import TargetOptions
-
-
-#: Under emulation a guest with two CPUs now and then oopses in its idle loop while it boots, before
-#: there is anything to look at.
-BOOT_ATTEMPTS = 3
 
 
 class Running(NamedTuple):
@@ -65,16 +60,9 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
         initrd = workload_initramfs(kernel.arch, kernel.modules)
     except (MissingToolError, ArchiveUnreachableError) as error:
         pytest.skip(str(error))
-    with ExitStack() as stack:
-        for attempt in range(BOOT_ATTEMPTS):
-            guest = Guest(kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2")
-            booting = stack.enter_context(ExitStack())
-            booting.enter_context(guest)
-            try:
-                console = guest.wait_for("@@ready", timeout=600)
-                break
-            except GuestError:
-                if attempt + 1 == BOOT_ATTEMPTS:
-                    raise
-                booting.close()
-        yield Running(guest, kernel, *parse_report(console))
+
+    def make() -> Guest:
+        return Guest(kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2")
+
+    with booted(make, "@@ready", timeout=600) as guest:
+        yield Running(guest, kernel, *parse_report(guest.console()))
