@@ -117,7 +117,7 @@ def scan_memmap(prog: Program, progress: Progress | None = None) -> MemmapScan:
                 addresses.append(
                     found.astype(np.uint64) * np.uint64(dtype.itemsize) + np.uint64(address)
                 )
-                raw.append(rows[found])
+                raw.append(np.take(rows, found, axis=0))
             scanned += len(rows) - missing
             unreadable += missing
             if progress is not None:
