@@ -21,13 +21,14 @@ from lab.errors import LabError
 
 PT_LOAD = 1
 PT_NOTE = 4
+EM_PPC64 = 21
 
 #: e_machine of each architecture that the lab knows, as drgn calls it.
 _MACHINES = {
     62: drgn.Architecture.X86_64,
     22: drgn.Architecture.S390X,
     183: drgn.Architecture.AARCH64,
-    21: drgn.Architecture.PPC64,
+    EM_PPC64: drgn.Architecture.PPC64,
     243: drgn.Architecture.RISCV64,
 }
 
@@ -59,6 +60,9 @@ class ElfDump:
             raise LabError(f"{path} is not a 64-bit ELF file")
         self.order = "<" if self.data[5] == 1 else ">"
         (self.type, self.machine) = self._unpack("HH", 16)
+        #: Byte order of the memory. QEMU writes the headers of ppc64 dumps in the order in which
+        #: the CPU starts, big-endian; the lab's ppc64 kernels are all little-endian.
+        self.memory_order = "<" if self.machine == EM_PPC64 else self.order
         if self.type != 4 or self.machine not in _MACHINES:
             raise LabError(f"{path} is not a core file of a known architecture")
         (table,) = self._unpack("Q", 32)
@@ -86,7 +90,7 @@ class ElfDump:
     def platform(self) -> drgn.Platform:
         """The platform, as drgn wants it."""
         flags = drgn.PlatformFlags.IS_64_BIT
-        if self.order == "<":
+        if self.memory_order == "<":
             flags |= drgn.PlatformFlags.IS_LITTLE_ENDIAN
         return drgn.Platform(_MACHINES[self.machine], flags)
 
@@ -111,11 +115,11 @@ class ElfDump:
             count -= take
         return b"".join(parts)
 
-    def _note(self, data: bytes, at: int) -> tuple[bytes, bytes, int] | None:
+    def _note(self, data: bytes, at: int, order: str) -> tuple[bytes, bytes, int] | None:
         """Get name, descriptor and end of the note at an offset."""
         if at + 12 > len(data):
             return None
-        name_size, size, _ = struct.unpack_from(self.order + "III", data, at)
+        name_size, size, _ = struct.unpack_from(order + "III", data, at)
         body = at + 12 + (name_size + 3) // 4 * 4
         return (
             data[at + 12 : at + 12 + name_size].rstrip(b"\0"),
@@ -130,14 +134,16 @@ class ElfDump:
         :raises LabError: if there is none
         """
         at: int = 0
-        while (note := self._note(self.notes, at)) is not None:
+        while (note := self._note(self.notes, at, self.order)) is not None:
             name, text, at = note
             if name == b"VMCOREINFO":
                 return text
         try:
             if _MACHINES[self.machine] is drgn.Architecture.S390X:
                 pointer = self.read(_S390_LOWCORE_VMCOREINFO, 8)
-                found = self._note(self.read(int.from_bytes(pointer, "big"), 4096), 0)
+                found = self._note(
+                    self.read(int.from_bytes(pointer, "big"), 4096), 0, self.memory_order
+                )
                 if found is not None and found[1].startswith(b"OSRELEASE="):
                     return found[1]
         except drgn.FaultError:
@@ -148,7 +154,7 @@ class ElfDump:
         """Find the note in the dumped memory: its name, followed by its first line."""
         at = -1
         while (at := self.data.find(b"VMCOREINFO\0\0OSRELEASE=", at + 1)) >= 0:
-            note = self._note(self.data[max(at - 12, 0) : at + 8192], 0)
+            note = self._note(self.data[max(at - 12, 0) : at + 8192], 0, self.memory_order)
             if at >= 12 and note is not None and note[0] == b"VMCOREINFO" and len(note[1]) < 8192:
                 return note[1]
         raise LabError(f"{self.path} has no VMCOREINFO note, nor has the memory in it")

@@ -105,8 +105,10 @@ static void make_gmaps(char *self)
 }
 
 /* Tables made after the counters were folded: each CPU then holds a remainder of its own. */
-static void late_on_cpu(int cpu, int tables)
+static void late_on_cpu(int cpu, int pages)
 {
+	/* With 64K pages ppc64 has 256 tables in a page. */
+	int tables = pages * (page_size / (TABLE_SPAN / page_size * 8));
 	size_t size = tables * TABLE_SPAN;
 	char *at = map_aligned(size, TABLE_SPAN, PROT_READ, ANON | MAP_NORESERVE);
 	cpu_set_t set;

@@ -15,7 +15,7 @@ from ptinspect.records import FieldState
 from ptinspect.state.fields import typed_levels
 from ptinspect.target import sample_names
 
-REQUIRED = {"x86_64-7.3", "x86_64-6.1", "s390x-6.12", "arm64-7.3"}
+REQUIRED = {"x86_64-7.3", "x86_64-6.1", "s390x-6.12", "arm64-7.3", "ppc64le-6.12"}
 
 
 def test_the_samples_are_there() -> None:
@@ -119,7 +119,7 @@ def test_every_member_equals_plain_drgn(sample: Sample) -> None:
                 expected = words(member)
             assert field.raw == expected, (hex(pfn), field.name)
             compared += 1
-    assert compared >= 100 * 10
+    assert compared >= 10 * len(chosen(sample)) >= 10 * 50
 
 
 def byte_order_of(value: Object) -> str:
