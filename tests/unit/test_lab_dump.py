@@ -84,6 +84,14 @@ def test_vmcoreinfo_by_searching(tmp_path):
     assert dump.vmcoreinfo() == INFO
 
 
+def test_ppc64_headers_have_another_order_than_memory(tmp_path):
+    found = note(b"VMCOREINFO", INFO)
+    memory = bytes(4096) + found + bytes(4096 - len(found))
+    dump = write_dump(tmp_path / "dump", [(0, memory, 8192)], order=">", machine=21)
+    assert dump.vmcoreinfo() == INFO
+    assert dump.platform.flags & drgn.PlatformFlags.IS_LITTLE_ENDIAN
+
+
 def test_no_vmcoreinfo(tmp_path):
     with pytest.raises(LabError, match="no VMCOREINFO"):
         write_dump(tmp_path / "d", [(0, bytes(PAGE), PAGE)]).vmcoreinfo()
