@@ -16,14 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from drgn import Architecture, Program
-from drgn.helpers.linux.mm import decode_page_flags_value
 
 from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
 from ptinspect.errors import UsageError
 from ptinspect.kernel.descriptor import canonical_member_name, flags_bit, ptdesc_has_member
 from ptinspect.kernel.paging import EntryClass
 from ptinspect.memory import BoolArray
-from ptinspect.state.fields import architecture, direct_map_addresses, typed_levels
+from ptinspect.state.fields import (
+    architecture,
+    direct_map_addresses,
+    ptdesc_flag_names,
+    typed_levels,
+)
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan
 
@@ -203,13 +207,7 @@ class Listing:
 
     def _flag_names(self) -> npt.NDArray[Any]:
         words, rows = np.unique(scan_flags(self._prog, self._scan), return_inverse=True)
-        kernel_bit = flags_bit(self._prog, "PT_kernel")
-        names = []
-        for word in words.tolist():
-            text = decode_page_flags_value(self._prog, word)
-            if kernel_bit is not None and word & kernel_bit:
-                text = text.replace("PG_referenced", "PT_kernel")
-            names.append("none" if text == "0" else text)
+        names = [ptdesc_flag_names(self._prog, word) for word in words.tolist()]
         return np.array(names or [""])[rows.reshape(-1)] if len(rows) else np.empty(0, "U1")
 
     def _field_name(self, name: str) -> str:

@@ -12,7 +12,7 @@ from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
 from ptinspect.kernel.paging import Paging
 from ptinspect.reached import census_missing
 from ptinspect.tables.contents import Contents, read_contents
-from ptinspect.tables.lookup import TableOwner, table_owners
+from ptinspect.tables.lookup import TableOwner, table_owners, tables_within
 from ptinspect.tables.spaces import Space
 
 
@@ -47,11 +47,10 @@ def reach_of(prog: Program, census: Census, pfn: int, order: int) -> Reach:
     page_bytes = census.paging.page_bytes
     first, end = pfn * page_bytes, (pfn + (1 << order)) * page_bytes
     tables = census.tables
-    inside = (tables.address >= first) & (tables.address < end)
     owners: list[TableOwner] = []
     contents = []
     missing = census_missing(census)
-    for address in sorted(set(tables.address[inside].tolist())):
+    for address in tables_within(tables, first, end):
         found = table_owners(tables, address)
         owners.extend(found)
         held = read_contents(prog, census.paging, address, found[0].level) if found else None

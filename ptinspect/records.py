@@ -192,14 +192,6 @@ class Summary:
     counter_problem: str | None
 
     @property
-    def descriptors(self) -> int:
-        return sum(count.descriptors for count in self.typed)
-
-    @property
-    def pages(self) -> int:
-        return sum(count.pages for count in self.typed)
-
-    @property
     def counted_pages(self) -> int:
         return sum(count.counted_pages for count in self.typed)
 

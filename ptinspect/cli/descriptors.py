@@ -140,16 +140,21 @@ def show_command(
         descriptor = describe_ptdesc(located.ptdesc, level)
         seen = survey(target.prog, walk=walk, leaf_counts=False)
         reach = None
+        missing: Sequence[str] = ()
+        if seen.problem is not None:
+            missing = (f"the tables could not be walked: {seen.problem}",)
         if seen.census is not None:
             reach = reach_of(target.prog, seen.census, descriptor.pfn, descriptor.order)
             descriptor = describe_ptdesc(
                 located.ptdesc, level or reach.level, of_kernel=reach.of_kernel
             )
+            missing = reach.missing
         report = show_report(
             descriptor,
             located.kind,
             located.is_tail,
             reach,
+            missing,
             target_heading(target),
             entries=entries,
         )

@@ -12,7 +12,7 @@ from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces
 SPACE_HELP = "SPACE is a process ID, `kernel`, `efi`, or mm:ADDRESS; PID:kpti is the user half."
 
 
-def choose_space(prog: Program, text: str) -> tuple[Space, SpaceList]:
+def choose_space(prog: Program, text: str) -> Space:
     """
     Find the address space that a person named.
 
@@ -31,9 +31,9 @@ def choose_space(prog: Program, text: str) -> tuple[Space, SpaceList]:
         for candidate in spaces.spaces:
             mm = candidate.mm
             if candidate.kind is SpaceKind.ISOLATED and mm is not None and mm.address == wanted:
-                return candidate, spaces
+                return candidate
         raise UsageError(f"{name} has no user half: page-table isolation is off")
-    return space, spaces
+    return space
 
 
 def find_space(spaces: SpaceList, name: str) -> Space:

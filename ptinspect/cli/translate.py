@@ -13,7 +13,7 @@ from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.translate import map_report, owner_report, walk_report
 from ptinspect.kernel.paging import EntryClass, paging_of
 from ptinspect.locate import locate_physical
-from ptinspect.tables.lookup import page_owners, table_owners, walk_address
+from ptinspect.tables.lookup import page_owners, table_owners, tables_within, walk_address
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.ranges import map_space
 from ptinspect.tables.steps import describe_steps
@@ -39,7 +39,7 @@ def walk_command(space_name: str, address_text: str, output_format: str) -> int:
     """
     with open_target(chosen_target()) as target:
         prog = target.prog
-        space, _ = choose_space(prog, space_name)
+        space = choose_space(prog, space_name)
         address = parse_virtual_address(prog, address_text)
         paging = paging_of(prog)
         translation = walk_address(
@@ -71,7 +71,7 @@ def map_command(space_name: str, everything: bool, output_format: str) -> int:
     """
     with open_target(chosen_target()) as target:
         prog = target.prog
-        space, _ = choose_space(prog, space_name)
+        space = choose_space(prog, space_name)
         paging = paging_of(prog)
         kinds = [EntryClass.LEAF, EntryClass.PROT_NONE, EntryClass.BAD]
         if everything:
@@ -101,13 +101,12 @@ def owner_command(address: str, output_format: str) -> int:
             census = take_census(prog, leaf_counts=False, scan_progress=progress)
         finally:
             progress.close()
-        tables = table_owners(census.tables, physical)
-        if size > 1 and not tables:
-            # A page frame may hold several tables (powerpc's fragments, s390's halves).
-            first = physical // size * size
-            within = (census.tables.address >= first) & (census.tables.address < first + size)
-            for table in sorted(set(census.tables.address[within].tolist())):
-                tables.extend(table_owners(census.tables, table))
+        # A page frame may hold several tables (powerpc's fragments, s390's halves).
+        tables = [
+            owner
+            for table in tables_within(census.tables, physical, physical + size)
+            for owner in table_owners(census.tables, table)
+        ]
         pages = page_owners(prog, census.tables, physical)
         report = owner_report(census, physical, tables, pages, target_heading(target))
     return emit(report, output_format)

@@ -68,6 +68,7 @@ def show_report(
     kind: AddressKind,
     is_tail: bool,
     reach: Reach | None,
+    missing: Sequence[str],
     target: str,
     *,
     entries: int,
@@ -76,6 +77,7 @@ def show_report(
     Lay out one descriptor in full.
 
     :param reach: What reaches its tables and what they hold; ``None`` if there was no walk.
+    :param missing: What could not be seen.
     :param entries: How many entries to list.
     """
     notes = []
@@ -132,7 +134,7 @@ def show_report(
             *(() if reach is None else _reach_tables(reach, entries)),
         ),
         notes=notes,
-        missing=() if reach is None else reach.missing,
+        missing=missing,
     )
 
 

@@ -204,14 +204,18 @@ def _as_int(value: np.generic) -> int:
     return int(value)
 
 
-def _flags(facts: _Facts) -> _Answer:
-    value = facts.word("pt_flags")
-    text = decode_page_flags_value(facts.prog, value)
+def ptdesc_flag_names(prog: Program, value: int) -> str:
+    """Name the flags that are set in the flags word of a descriptor, ``none`` if there are none."""
+    text = str(decode_page_flags_value(prog, value))
     # PT_kernel reuses the bit of PG_referenced (enum pt_flags, include/linux/mm_types.h).
-    bit = flags_bit(facts.prog, "PT_kernel")
+    bit = flags_bit(prog, "PT_kernel")
     if bit is not None and value & bit:
         text = text.replace("PG_referenced", "PT_kernel")
-    return FieldState.VALUE, "none" if text == "0" else text
+    return "none" if text == "0" else text
+
+
+def _flags(facts: _Facts) -> _Answer:
+    return FieldState.VALUE, ptdesc_flag_names(facts.prog, facts.word("pt_flags"))
 
 
 def _rcu_head(facts: _Facts) -> _Answer:

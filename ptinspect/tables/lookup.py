@@ -211,6 +211,14 @@ def table_owners(tables: Tables, address: int) -> list[TableOwner]:
     return owners
 
 
+def tables_within(tables: Tables, begin: int, end: int) -> list[int]:
+    """Get the physical addresses of the tables that lie in [begin, end), wholly or in part."""
+    first = tables.address
+    overlap = (first < np.uint64(end)) & (first + tables.table_bytes.astype(np.uint64) > begin)
+    addresses: list[int] = np.unique(first[overlap]).tolist()
+    return addresses
+
+
 def page_owners(prog: Program, tables: Tables, address: int) -> list[PageOwner]:
     """
     Get every entry that maps the byte at a physical address, in any space.

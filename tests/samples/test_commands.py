@@ -108,3 +108,14 @@ def test_layout(sample: Sample) -> None:
     assert tables["facts"]["ptdesc_fits_page"] is True
     kernel = [row for row in tables["table_match"] if row["asserted by"] == "kernel"]
     assert all(row["verdict"] == "match" for row in kernel if row["ptdesc offset"] is not None)
+
+
+def test_owner_and_show_agree_on_who_reaches_a_page(sample: Sample) -> None:
+    """Also for a page that holds several tables, as on powerpc with 64K pages."""
+    pfn = f"pfn:{int(sample.scan.pfns[-1]):#x}"
+    parents = answer("--sample", sample.name, "show", pfn)["tables"]["parents"]
+    owners = answer("--sample", sample.name, "owner", pfn)["tables"]["owners"]
+    as_table = sorted((o["va"], o["entry_at"] or "") for o in owners if o["as"] == "table")
+    assert as_table == sorted((p["va"], p["entry_at"] or "") for p in parents)
+    if sample.name.startswith("ppc64le"):
+        assert len({p["table"] for p in parents}) > 1
