@@ -10,7 +10,7 @@ nothing reaches need another explanation, or are leaked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from drgn import Program
 
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
 from ptinspect.memory import BoolArray
+from ptinspect.state.stories import Holding, Stories
 from ptinspect.tables.lookup import TableOwner, table_owners
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.scan import MemmapScan, scan_memmap
@@ -51,6 +52,10 @@ class Holder(IntEnum):
     GMAP = 6
 
 
+#: Stories that account for tables that no tree reaches, in the order in which they are asked.
+_HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = ()
+
+
 class LevelCount(NamedTuple):
     """The tables of one level that user or kernel spaces reach."""
 
@@ -72,6 +77,8 @@ class Census:
     spaces: SpaceList
     tables: Tables
     scan: MemmapScan
+    #: What the descriptors say, each story read when it is first asked for.
+    stories: Stories
     #: int32, by row: index of the descriptor of the page that the table is in; -1 if not typed.
     descriptor: npt.NDArray[np.int32]
     #: uint8, by descriptor: level of its tables, or :data:`UNKNOWN_LEVEL`.
@@ -218,7 +225,7 @@ def _descriptors_of(scan: MemmapScan, pfns: npt.NDArray[np.uint64]) -> npt.NDArr
     return result
 
 
-def join(spaces: SpaceList, tables: Tables, scan: MemmapScan) -> Census:
+def join(prog: Program, spaces: SpaceList, tables: Tables, scan: MemmapScan) -> Census:
     """Join the pages that are typed with the tables that are reached."""
     page_bytes = np.uint64(tables.paging.page_bytes)
     descriptor = _descriptors_of(scan, tables.address // page_bytes)
@@ -239,7 +246,8 @@ def join(spaces: SpaceList, tables: Tables, scan: MemmapScan) -> Census:
         level[reached] = np.minimum.reduceat(levels, begins)
         conflict[reached] = np.maximum.reduceat(levels, begins) != level[reached]
     holder = np.where(reached, np.uint8(Holder.TREE), np.uint8(Holder.UNEXPLAINED))
-    return Census(spaces, tables, scan, descriptor, level, conflict, holder, rows, starts)
+    stories = Stories(prog, tables, scan)
+    return Census(spaces, tables, scan, stories, descriptor, level, conflict, holder, rows, starts)
 
 
 def take_census(
@@ -266,4 +274,7 @@ def take_census(
         progress=walk_progress,
         visitor=visitor,
     )
-    return join(spaces, tables, scan_memmap(prog, scan_progress))
+    census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
+    for holder, read in _HOLDERS:
+        census.explain(read(census.stories).held_pfns, holder)
+    return census

@@ -50,7 +50,7 @@ def walk(sample: Sample) -> Walked:
     paging = paging_of(prog)
     spaces = find_spaces(prog)
     tables = walk_spaces(prog, paging, spaces.spaces, memory=physical_ranges(prog))
-    return Walked(paging, spaces, tables, join(spaces, tables, sample.scan))
+    return Walked(paging, spaces, tables, join(sample.prog, spaces, tables, sample.scan))
 
 
 def mapped(sample: Sample, space: Space) -> SpaceMap:

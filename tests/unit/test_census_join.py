@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import numpy as np
+from drgn import Program
 
 from ptinspect.census import UNKNOWN_LEVEL, Holder, LevelCount, join
 from ptinspect.kernel.paging import EntryClass, Paging, Root, ppc64, s390x, x86_64
@@ -69,7 +70,7 @@ SPACE_LIST = SpaceList(SPACES, ())
 
 def test_each_descriptor_once_with_what_reaches_it() -> None:
     tables = tables_of([(0, 3, 0x1000, -1), (1, 3, 0x2000, -1), (1, 2, 0x3000, 1)])
-    census = join(SPACE_LIST, tables, scan_of({2: 0, 3: 0, 9: 0}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({2: 0, 3: 0, 9: 0}))
     assert census.descriptor.tolist() == [-1, 0, 1]
     assert census.level.tolist() == [3, 2, UNKNOWN_LEVEL]
     assert census.holder.tolist() == [Holder.TREE, Holder.TREE, Holder.UNEXPLAINED]
@@ -94,7 +95,7 @@ def test_shared_table_is_one_descriptor_with_two_spaces() -> None:
         [(0, 3, 0x1000, -1), (1, 3, 0x2000, -1), (0, 2, 0x3000, 0), (1, 2, 0x3000, 1)],
         states={3: RowState.SHARED},
     )
-    census = join(SPACE_LIST, tables, scan_of({3: 0}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({3: 0}))
     assert census.reached_counts().tolist() == [2]
     assert [space.kind for space in census.spaces_of(0)] == [SpaceKind.KERNEL, SpaceKind.USER]
     assert census.entry_counts()[0, EntryClass.LEAF] == 3
@@ -104,7 +105,7 @@ def test_shared_table_is_one_descriptor_with_two_spaces() -> None:
 def test_compound_page_covers_its_tail_pages() -> None:
     paging = s390x.make_paging(present_bits=False)
     tables = tables_of([(0, 2, 0x14000, -1), (1, 2, 0x1B000, -1)], paging)
-    census = join(SPACE_LIST, tables, scan_of({0x14: 2, 0x18: 2}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({0x14: 2, 0x18: 2}))
     assert census.descriptor.tolist() == [0, 1]
     assert census.index_of_pfn(0x17) == 0
 
@@ -112,7 +113,7 @@ def test_compound_page_covers_its_tail_pages() -> None:
 def test_fragments_share_a_descriptor() -> None:
     paging = ppc64.make_paging(page_shift=16)
     tables = tables_of([(1, 0, 0x20000 + 256 * n, -1) for n in (0, 5, 255)], paging)
-    census = join(SPACE_LIST, tables, scan_of({2: 0, 3: 0}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({2: 0, 3: 0}))
     assert census.descriptor.tolist() == [0, 0, 0]
     assert census.rows_of(0).tolist() == [0, 1, 2]
     assert census.rows_of(1).tolist() == []
@@ -121,7 +122,7 @@ def test_fragments_share_a_descriptor() -> None:
 
 def test_table_at_two_levels_is_a_conflict() -> None:
     tables = tables_of([(0, 3, 0x1000, -1), (0, 2, 0x3000, 0), (0, 1, 0x3000, 1)])
-    census = join(SPACE_LIST, tables, scan_of({1: 0, 3: 0}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({1: 0, 3: 0}))
     assert census.level_conflict.tolist() == [False, True]
 
 
@@ -130,14 +131,16 @@ def test_what_is_no_table_reaches_nothing() -> None:
         [(0, 3, 0x1000, -1), (0, 2, 0x1000, 0), (0, 2, 0x9000, 0)],
         states={1: RowState.CYCLE, 2: RowState.OUTSIDE},
     )
-    census = join(SPACE_LIST, tables, scan_of({1: 0, 9: 0}))
+    census = join(Program(), SPACE_LIST, tables, scan_of({1: 0, 9: 0}))
     assert census.reached_counts().tolist() == [1, 0]
     assert not census.complete
     assert census.levels() == [LevelCount(3, True, 1, 0)]
 
 
 def test_explaining_what_no_tree_reaches() -> None:
-    census = join(SPACE_LIST, tables_of([(0, 3, 0x1000, -1)]), scan_of({1: 0, 5: 0, 6: 0}))
+    census = join(
+        Program(), SPACE_LIST, tables_of([(0, 3, 0x1000, -1)]), scan_of({1: 0, 5: 0, 6: 0})
+    )
     pfns = np.array([1, 5, 77], np.uint64)
     assert census.explain(pfns, Holder.DEPOSIT).tolist() == [1]
     assert census.explain(pfns, Holder.RCU).tolist() == []
@@ -145,7 +148,7 @@ def test_explaining_what_no_tree_reaches() -> None:
 
 
 def test_nothing_typed_and_nothing_reached() -> None:
-    census = join(SPACE_LIST, tables_of([(0, 3, 0x1000, -1)]), scan_of({}))
+    census = join(Program(), SPACE_LIST, tables_of([(0, 3, 0x1000, -1)]), scan_of({}))
     assert census.descriptor.tolist() == [-1]
     assert census.unexplained().tolist() == []
     assert census.nbytes() > 0
