@@ -11,14 +11,15 @@ nothing reaches need another explanation, or are leaked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from drgn import Program
+from drgn import FaultError, Program
 
+from ptinspect.errors import PtinspectError
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
 from ptinspect.memory import BoolArray
 from ptinspect.state.stories import Holding, Stories
@@ -42,7 +43,7 @@ class Holder(IntEnum):
     TREE = 1
     #: A huge page's spare table.
     DEPOSIT = 2
-    #: A callback or a batch that waits for RCU.
+    #: A callback or a batch of a callback that waits for RCU.
     RCU = 3
     #: A list of tables to be freed.
     FREE_LIST = 4
@@ -50,10 +51,21 @@ class Holder(IntEnum):
     FRAGMENT_CACHE = 5
     #: A guest address space.
     GMAP = 6
+    #: A batch of tables to be freed that a kernel stack still gathers.
+    GATHER = 7
 
 
 #: Stories that account for tables that no tree reaches, in the order in which they are asked.
 _HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = ()
+
+
+class HolderCount(NamedTuple):
+    """The descriptors that one kind of holder accounts for."""
+
+    holder: Holder
+    descriptors: int
+    #: Pages of memory that they describe.
+    pages: int
 
 
 class LevelCount(NamedTuple):
@@ -91,6 +103,8 @@ class Census:
     _rows: npt.NDArray[np.int32] = field(repr=False)
     #: int32, by descriptor and one more: where its rows begin in _rows.
     _starts: npt.NDArray[np.int32] = field(repr=False)
+    #: What the holders other than the trees could not see, in sentences.
+    holders_missing: tuple[str, ...] = ()
 
     @property
     def paging(self) -> Paging:
@@ -99,8 +113,9 @@ class Census:
 
     @property
     def complete(self) -> bool:
-        """Whether everything could be seen: the memory map, all spaces, all tables."""
-        return self.scan.complete and self.tables.complete and not self.spaces.notes
+        """Whether everything could be seen: the memory map, all spaces, tables and holders."""
+        walked = self.tables.complete and not self.spaces.notes
+        return self.scan.complete and walked and not self.holders_missing
 
     def index_of_pfn(self, pfn: int) -> int | None:
         """Get the descriptor that covers a page, if it is typed."""
@@ -147,6 +162,17 @@ class Census:
         rows = np.flatnonzero(distinct_tables(self.tables) & (self.descriptor >= 0))
         counts = np.zeros((len(self.level), len(EntryClass)), np.uint32)
         np.add.at(counts, self.descriptor[rows], self.tables.counts[rows])
+        return counts
+
+    def holder_counts(self) -> list[HolderCount]:
+        """Count the descriptors by what holds them; holders of none are left out."""
+        pages = np.left_shift(np.int64(1), self.scan.orders.astype(np.int64))
+        counts = []
+        for holder in Holder:
+            held = self.holder == holder
+            if held.any():
+                number = int(np.count_nonzero(held))
+                counts.append(HolderCount(holder, number, int(pages[held].sum())))
         return counts
 
     def unexplained(self) -> npt.NDArray[np.intp]:
@@ -275,6 +301,16 @@ def take_census(
         visitor=visitor,
     )
     census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
+    return replace(census, holders_missing=tuple(_ask_holders(census)))
+
+
+def _ask_holders(census: Census) -> Iterator[str]:
+    """Record what the stories account for; yield what they could not see."""
     for holder, read in _HOLDERS:
-        census.explain(read(census.stories).held_pfns, holder)
-    return census
+        try:
+            story = read(census.stories)
+        except (FaultError, LookupError, PtinspectError) as error:
+            yield f"holder {holder.name.lower()} could not be read: {error}"
+            continue
+        census.explain(story.held_pfns, holder)
+        yield from story.missing

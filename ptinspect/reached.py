@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ptinspect.census import Census, distinct_tables
+from ptinspect.census import Census, Holder, distinct_tables
 from ptinspect.kernel.paging import EntryClass
-from ptinspect.records import LevelSummary, NodePlacement, ReachedSummary
+from ptinspect.records import HolderSummary, LevelSummary, NodePlacement, ReachedSummary
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import RowState
 
@@ -30,7 +30,8 @@ def reached_summary(
     return ReachedSummary(
         spaces=len(census.tables.spaces),
         levels=tuple(_levels(census)),
-        unexplained=len(census.unexplained()),
+        unreached=int(np.count_nonzero(census.holder != Holder.TREE)),
+        holders=tuple(_holders(census)),
         placement=tuple(_placement(census, table_nodes, mapped_nodes)),
         missing=tuple(census_missing(census)),
     )
@@ -49,6 +50,7 @@ def census_missing(census: Census) -> list[str]:
         count = int(np.count_nonzero(state == kind))
         if count:
             missing.append(f"{count} tables {text}")
+    missing.extend(census.holders_missing)
     return missing
 
 
@@ -63,6 +65,20 @@ def scan_missing(scan: MemmapScan) -> list[str]:
     if unknown:
         missing.append(f"the order of {unknown} descriptors is unknown, taken as 0")
     return missing
+
+
+def _holders(census: Census) -> Iterator[HolderSummary]:
+    """What holds the most first; the orphans last, also if there are none."""
+    counts = {count.holder: count for count in census.holder_counts()}
+    orphans = counts.pop(Holder.UNEXPLAINED, None)
+    page_bytes = census.paging.page_bytes
+    for count in sorted(counts.values(), key=lambda count: -count.descriptors):
+        yield HolderSummary(
+            count.holder.name.lower(), count.descriptors, count.pages, count.pages * page_bytes
+        )
+    descriptors, pages = (0, 0) if orphans is None else (orphans.descriptors, orphans.pages)
+    name = Holder.UNEXPLAINED.name.lower()
+    yield HolderSummary(name, descriptors, pages, pages * page_bytes)
 
 
 def _levels(census: Census) -> Iterator[LevelSummary]:

@@ -164,13 +164,26 @@ class NodePlacement:
 
 
 @dataclass(frozen=True)
+class HolderSummary:
+    """The typed descriptors that one kind of holder accounts for."""
+
+    #: As the column ``holder`` of ``list`` names it; ``unexplained`` are the orphans.
+    holder: str
+    descriptors: int
+    #: Pages of memory that they describe, and their bytes.
+    pages: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ReachedSummary:
     """What the address spaces reach, beside what is typed."""
 
     spaces: int
     levels: tuple[LevelSummary, ...]
-    #: Typed descriptors that no address space reaches.
-    unexplained: int
+    #: Typed descriptors that no address space reaches, whatever else holds them.
+    unreached: int
+    holders: tuple[HolderSummary, ...]
     #: Empty on a machine with one node.
     placement: tuple[NodePlacement, ...]
     #: What the walk could not see, in sentences; empty if it saw all.

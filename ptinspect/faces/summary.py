@@ -107,11 +107,22 @@ def _reached(reached: ReachedSummary) -> Iterator[Table]:
         [
             (
                 reached.spaces,
-                reached.unexplained,
+                reached.unreached,
                 sum(level.empty_bytes for level in reached.levels if not level.kernel) // 1024,
             )
         ],
         single=True,
+    )
+    yield Table(
+        "holders",
+        (
+            Column("holder"),
+            Column("descriptors", Kind.COUNT),
+            Column("pages", Kind.COUNT),
+            Column("KiB", Kind.COUNT),
+        ),
+        [(h.holder, h.descriptors, h.pages, h.bytes // 1024) for h in reached.holders],
+        "What holds the typed pages; list --orphan shows what is unexplained",
     )
     if reached.placement:
         yield Table(

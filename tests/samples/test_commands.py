@@ -36,6 +36,8 @@ def test_summary(sample: Sample) -> None:
     assert tables["accounting"]["difference"] == 0
     exact = sample.truth["nr_page_table_pages"]["exact"]
     assert tables["accounting"]["nr_pagetable_exact"] == exact
+    held = sum(row["pages"] for row in tables["holders"])
+    assert held == sum(row["pages"] for row in tables["typed"])
     text = run("--sample", sample.name, "summary").stdout
     assert "Typed pages and NR_PAGETABLE agree to the page." in text
 

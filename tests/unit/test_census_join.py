@@ -7,8 +7,9 @@ from __future__ import annotations
 import numpy as np
 from drgn import Program
 
-from ptinspect.census import UNKNOWN_LEVEL, Holder, LevelCount, join
+from ptinspect.census import UNKNOWN_LEVEL, Holder, HolderCount, LevelCount, join
 from ptinspect.kernel.paging import EntryClass, Paging, Root, ppc64, s390x, x86_64
+from ptinspect.reached import reached_summary
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.spaces import Space, SpaceKind, SpaceList
 from ptinspect.tables.walk import RowState, Tables
@@ -152,3 +153,23 @@ def test_nothing_typed_and_nothing_reached() -> None:
     assert census.descriptor.tolist() == [-1]
     assert census.unexplained().tolist() == []
     assert census.nbytes() > 0
+
+
+def test_holders_are_counted_in_pages() -> None:
+    paging = s390x.make_paging(present_bits=False)
+    tables = tables_of([(0, 2, 0x14000, -1)], paging)
+    census = join(Program(), SPACE_LIST, tables, scan_of({0x14: 2, 0x18: 2, 0x20: 0, 0x21: 0}))
+    census.explain(np.array([0x19, 0x20], np.uint64), Holder.RCU)
+    assert census.holder_counts() == [
+        HolderCount(Holder.UNEXPLAINED, 1, 1),
+        HolderCount(Holder.TREE, 1, 4),
+        HolderCount(Holder.RCU, 2, 5),
+    ]
+    summary = list(
+        reached_summary(census, np.zeros(1, np.int64), np.zeros((1, 1), np.uint16)).holders
+    )
+    assert [(h.holder, h.descriptors, h.pages, h.bytes) for h in summary] == [
+        ("rcu", 2, 5, 5 * 4096),
+        ("tree", 1, 4, 4 * 4096),
+        ("unexplained", 1, 1, 4096),
+    ]
