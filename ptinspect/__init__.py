@@ -9,6 +9,7 @@ objects with the kernel's own names.
 
 from __future__ import annotations
 
+from ptinspect.census import Holder, take_census
 from ptinspect.kernel.descriptor import (
     page_is_pgtable,
     page_ptdesc,
@@ -27,19 +28,48 @@ from ptinspect.kernel.descriptor import (
     virt_to_ptdesc,
 )
 from ptinspect.kernel.layout import ptdesc_layout
+from ptinspect.kernel.paging import EntryClass, Permission, paging_of
 from ptinspect.listing import Listing
+from ptinspect.lists import walk_list
+from ptinspect.locate import locate_physical, locate_ptdesc
 from ptinspect.state.fields import describe_ptdesc
 from ptinspect.summary import summarise
 from ptinspect.tables.counters import read_nr_pagetable
+from ptinspect.tables.lookup import (
+    Outcome,
+    page_owners,
+    table_owners,
+    tables_within,
+    walk_address,
+)
+from ptinspect.tables.ranges import map_space
 from ptinspect.tables.scan import scan_memmap
+from ptinspect.tables.spaces import SpaceKind, find_spaces
+from ptinspect.tables.usage import space_usage
+from ptinspect.tables.walk import RowState, walk_spaces
+from ptinspect.target import TargetOptions, open_target
 
 __version__ = "0.1.0"
 
 __all__ = (
+    "EntryClass",
+    "Holder",
     "Listing",
+    "Outcome",
+    "Permission",
+    "RowState",
+    "SpaceKind",
+    "TargetOptions",
     "describe_ptdesc",
+    "find_spaces",
+    "locate_physical",
+    "locate_ptdesc",
+    "map_space",
+    "open_target",
     "page_is_pgtable",
+    "page_owners",
     "page_ptdesc",
+    "paging_of",
     "pfn_to_ptdesc",
     "ptdesc_address",
     "ptdesc_dtype",
@@ -55,6 +85,13 @@ __all__ = (
     "ptdesc_type",
     "read_nr_pagetable",
     "scan_memmap",
+    "space_usage",
     "summarise",
+    "table_owners",
+    "tables_within",
+    "take_census",
     "virt_to_ptdesc",
+    "walk_address",
+    "walk_list",
+    "walk_spaces",
 )

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from drgn import FaultError, ObjectNotFoundError
+
 
 class ExitStatus(IntEnum):
     """Exit statuses of the command line."""
@@ -41,3 +43,12 @@ class IncompleteError(PtinspectError):
     """The target lacks the memory that the answer depends on, so there is no answer at all."""
 
     exit_status = ExitStatus.INCOMPLETE
+
+
+def explain(error: PtinspectError | FaultError | ObjectNotFoundError) -> tuple[str, ExitStatus]:
+    """Say in one line what went wrong, and with which status a command ends for it."""
+    if isinstance(error, FaultError):
+        return f"memory that the answer needs cannot be read: {error}", ExitStatus.INCOMPLETE
+    if isinstance(error, ObjectNotFoundError):
+        return f"this kernel lacks what the answer needs: {error}", ExitStatus.TARGET
+    return str(error), error.exit_status

@@ -12,9 +12,9 @@ import click
 from drgn import FaultError, ObjectNotFoundError
 
 from ptinspect import __version__
-from ptinspect.cli import descriptors, layout, processes, summary, translate
+from ptinspect.cli import descriptors, layout, processes, shell, summary, translate
 from ptinspect.cli.target_options import target_options
-from ptinspect.errors import ExitStatus, PtinspectError
+from ptinspect.errors import ExitStatus, PtinspectError, explain
 from ptinspect.faces.escape import escape
 
 
@@ -43,6 +43,7 @@ for _command in (
     translate.map_command,
     translate.owner_command,
     processes.command,
+    shell.command,
 ):
     cli.add_command(_command)
 
@@ -62,12 +63,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.exceptions.Abort:
         return _fail("interrupted", 128 + 2)
-    except PtinspectError as error:
-        return _fail(str(error), error.exit_status)
-    except FaultError as error:
-        return _fail(f"memory that the answer needs cannot be read: {error}", ExitStatus.INCOMPLETE)
-    except ObjectNotFoundError as error:
-        return _fail(f"this kernel lacks what the answer needs: {error}", ExitStatus.TARGET)
+    except (PtinspectError, FaultError, ObjectNotFoundError) as error:
+        return _fail(*explain(error))
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough. What is still buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

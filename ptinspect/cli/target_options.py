@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 import click
+from drgn import Program
 
 from ptinspect.target import TargetOptions
 
@@ -19,6 +20,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _PATH = click.Path(path_type=Path)
 _KEY = "ptinspect.target"
+
+
+class TargetOption(click.Option):
+    """An option that says what to open: of no use where that is settled, as in drgn's shell."""
 
 
 def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -29,7 +34,9 @@ def _remember(context: click.Context, parameter: click.Parameter, value: Any) ->
 
 
 def _option(*names: str, **attributes: Any) -> Callable[[_F], _F]:
-    return click.option(*names, callback=_remember, expose_value=False, **attributes)
+    return click.option(
+        *names, cls=TargetOption, callback=_remember, expose_value=False, **attributes
+    )
 
 
 _OPTIONS = (
@@ -62,6 +69,11 @@ def target_options(function: _F) -> _F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def settle_target(context: click.Context, prog: Program) -> None:
+    """Have a command look into a program that is open already."""
+    context.find_root().meta[_KEY] = {"program": prog}
 
 
 def chosen_target() -> TargetOptions:

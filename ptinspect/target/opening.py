@@ -20,6 +20,7 @@ from ptinspect.target.guest import Guest, open_guest
 from ptinspect.target.live import KCORE, open_live
 from ptinspect.target.options import Target, TargetKind, TargetOptions
 from ptinspect.target.pause import paused
+from ptinspect.target.program import of_program
 from ptinspect.target.samples import open_sample
 from ptinspect.target.wording import reason
 from ptinspect.target.xen import refuse_xen_pv
@@ -52,6 +53,8 @@ def _open(options: TargetOptions, stack: ExitStack) -> Target:
     """
     :param stack: What has to be undone in the end.
     """
+    if options.program is not None:
+        return of_program(options.program)
     note = vmcoreinfo.read_file(options.vmcoreinfo) if options.vmcoreinfo else None
     architecture = (
         architectures.by_name(options.architecture) if options.architecture is not None else None
@@ -135,6 +138,7 @@ def _check_options(options: TargetOptions) -> None:
             ("--core", options.core),
             ("--qemu", options.qemu),
             ("--sample", options.sample),
+            ("an open program", options.program),
         )
         if value is not None
     ]

@@ -16,7 +16,7 @@ INCOMPLETE = "incomplete dump: makedumpfile ran out of space, so memory is missi
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """What to open: at most one of *core*, *qemu* and *sample*, else the live kernel."""
+    """What to open: at most one of *core*, *qemu*, *sample*, *program*, else the live kernel."""
 
     core: Path | None = None
     #: QMP socket: a path, or ``host:port``.
@@ -33,6 +33,8 @@ class TargetOptions:
     architecture: str | None = None
     #: Stop the guest's CPUs while it is open; only with *qemu*.
     pause: bool = False
+    #: A program that is open already, debugging information and all, as in drgn's shell.
+    program: Program | None = None
 
 
 class TargetKind(Enum):
@@ -42,6 +44,7 @@ class TargetKind(Enum):
     CORE = "dump"
     QEMU = "QEMU guest"
     SAMPLE = "sample"
+    PROGRAM = "open program"
 
 
 @dataclass(frozen=True)

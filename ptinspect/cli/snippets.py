@@ -1,0 +1,201 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+What a command does, as a few lines of Python: what ``--drgn`` prints in drgn's shell.
+
+Each function takes drgn's code builder and the command's own parameters, and appends code that runs
+in drgn's shell as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Callable
+
+from drgn.commands import DrgnCodeBuilder
+
+from ptinspect.cli.spaces import SPACE_HELP
+from ptinspect.errors import UsageError
+from ptinspect.listing import DEFAULT_COLUMNS, SCAN_COLUMNS
+
+Snippet = Callable[..., None]
+
+_SPACE = re.compile(r"(?:mm:(?:0[xX])?([0-9a-fA-F]+)|([0-9]+))(:kpti)?")
+
+
+def _summary(code: DrgnCodeBuilder, **_: Any) -> None:
+    code.add_from_import("ptinspect", "scan_memmap", "summarise")
+    code.append(
+        """\
+scan = scan_memmap(prog)
+summary = summarise(prog, scan)
+for count in summary.typed:
+    print(count.node, count.order, count.descriptors, count.pages)
+print(summary.counted_pages, summary.difference)
+"""
+    )
+
+
+def _list(
+    code: DrgnCodeBuilder,
+    *,
+    walk: bool,
+    conditions: tuple[str, ...],
+    columns: str | None,
+    sort: str | None,
+    limit: int | None,
+    space: str | None,
+    **given: Any,
+) -> None:
+    conditions += tuple(
+        f"{name} = {given[name]}"
+        for name in ("node", "order", "level")
+        if given.get(name) is not None
+    )
+    conditions += tuple(f"flags & {flag}" for flag in given.get("flags", ()))
+    if given.get("orphan"):
+        conditions += ("holder = unexplained",)
+    code.add_from_import("ptinspect", "Listing")
+    if walk:
+        code.add_from_import("ptinspect", "take_census")
+        code.append("census = take_census(prog)\n")
+        code.append("listing = Listing(prog, census.scan, census)\n")
+    else:
+        code.add_from_import("ptinspect", "scan_memmap")
+        code.append("listing = Listing(prog, scan_memmap(prog))\n")
+    arguments = [repr(list(conditions))]
+    if sort is not None:
+        arguments.append(f"sort={sort!r}")
+    if limit is not None:
+        arguments.append(f"limit={limit}")
+    if space is not None:
+        code.append(f"space = {_space_of('census.spaces', space)}\n")
+        arguments.append("within=census.reached_by(space)")
+    code.append(f"rows = listing.select({', '.join(arguments)})\n")
+    names: tuple[str, ...] = DEFAULT_COLUMNS if walk else SCAN_COLUMNS
+    if columns is not None:
+        names = tuple(name.strip() for name in columns.split(",") if name.strip())
+    code.append(
+        f"""\
+for name in {names!r}:
+    column = listing.column(name)
+    # Where a row has no such value, column.present is False.
+    print(name, column.values[rows])
+"""
+    )
+
+
+def _show(code: DrgnCodeBuilder, *, address: str, level: str | None, **_: Any) -> None:
+    code.add_from_import("ptinspect", "describe_ptdesc", "locate_ptdesc")
+    code.append(f"pt = locate_ptdesc(prog, {address!r}).ptdesc\n")
+    code.append(f"descriptor = describe_ptdesc(pt{f', {level!r}' if level else ''})\n")
+    code.append(
+        """\
+for field in descriptor.fields:
+    print(field.offset, field.name, field.state.value, field.text)
+"""
+    )
+
+
+def _walk(code: DrgnCodeBuilder, *, space_name: str, address_text: str, **_: Any) -> None:
+    code.add_from_import("ptinspect", "find_spaces", "paging_of", "walk_address")
+    try:
+        address = f"{int(address_text, 16):#x}"
+    except ValueError:
+        address = f"prog.symbol({address_text!r}).address"
+    code.append(f"space = {_space_of('find_spaces(prog)', space_name)}\n")
+    code.append(
+        f"""\
+found = walk_address(prog, paging_of(prog), space.root, {address}, kernel=space.kernel)
+for step in found.steps:
+    print(step.level, hex(step.table), step.index, step.value, step.kind)
+print(found.outcome, found.physical, found.permissions)
+"""
+    )
+
+
+def _map(code: DrgnCodeBuilder, *, space_name: str, **_: Any) -> None:
+    code.add_from_import("ptinspect", "find_spaces", "map_space", "paging_of")
+    code.append(f"space = {_space_of('find_spaces(prog)', space_name)}\n")
+    code.append(
+        """\
+for area in map_space(prog, paging_of(prog), space).ranges:
+    print(hex(area.start), hex(area.end), area.page_bytes, area.permissions)
+"""
+    )
+
+
+def _owner(code: DrgnCodeBuilder, *, address: str, **_: Any) -> None:
+    code.add_from_import(
+        "ptinspect", "locate_physical", "page_owners", "table_owners", "tables_within"
+    )
+    code.add_from_import("ptinspect", "take_census")
+    code.append(
+        f"""\
+census = take_census(prog, leaf_counts=False)
+start, size = locate_physical(prog, {address!r})
+for table in tables_within(census.tables, start, start + size):
+    for owner in table_owners(census.tables, table):
+        print("table", census.spaces.spaces[owner.space].name, hex(owner.va))
+for owner in page_owners(prog, census.tables, start):
+    print("page", census.spaces.spaces[owner.space].name, hex(owner.va))
+"""
+    )
+
+
+def _ps(code: DrgnCodeBuilder, *, no_slab: bool, **_: Any) -> None:
+    code.add_from_import("ptinspect", "find_spaces", "paging_of", "space_usage", "walk_spaces")
+    code.append(
+        f"""\
+spaces = find_spaces(prog{", slab=False" if no_slab else ""})
+usage = space_usage(walk_spaces(prog, paging_of(prog), spaces.spaces))
+for number, space in enumerate(spaces.spaces):
+    print(space.name, usage.table_bytes[number], usage.empty_bytes[number])
+"""
+    )
+
+
+def _layout(code: DrgnCodeBuilder, **_: Any) -> None:
+    code.add_from_import("ptinspect", "ptdesc_layout")
+    code.append(
+        """\
+layout = ptdesc_layout(prog)
+for member in layout.ptdesc_members:
+    print(member.offset, member.size, member.name, member.type_name)
+for match in layout.matches:
+    print(match.page_member, match.ptdesc_member, match.verdict)
+"""
+    )
+
+
+def _space_of(spaces: str, name: str) -> str:
+    """Write the expression that finds a space by the name that a person gave it."""
+    if name == "kernel":
+        return f"{spaces}.kernel"
+    if name == "efi":
+        return f'next(s for s in {spaces}.spaces if s.kind.name == "EFI")'
+    match = _SPACE.fullmatch(name)
+    if match is None:
+        raise UsageError(f"{name!r} is no address space; {SPACE_HELP}")
+    mm, pid, isolated = match.groups()
+    if isolated:
+        test = (
+            f"s.mm.address == {int(mm, 16):#x}"
+            if mm
+            else f"any(task.pid == {int(pid)} for task in s.tasks)"
+        )
+        return f'next(s for s in {spaces}.spaces if s.kind.name == "ISOLATED" and {test})'
+    return f"{spaces}.of_mm({int(mm, 16):#x})" if mm else f"{spaces}.of_pid({int(pid)})"
+
+
+#: By the command's name; a command that is not here has no ``--drgn``.
+SNIPPETS: dict[str, Snippet] = {
+    "layout": _layout,
+    "list": _list,
+    "map": _map,
+    "owner": _owner,
+    "ps": _ps,
+    "show": _show,
+    "summary": _summary,
+    "walk": _walk,
+}
