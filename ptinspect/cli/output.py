@@ -12,6 +12,7 @@ import click
 
 from ptinspect.errors import ExitStatus
 from ptinspect.faces.data import write_csv, write_json
+from ptinspect.faces.escape import escape
 from ptinspect.faces.report import Report
 from ptinspect.faces.text import write_text
 from ptinspect.target import Target
@@ -49,13 +50,15 @@ def emit(report: Report, output_format: str) -> int:
     :return: The exit status that the answer deserves.
     """
     _WRITERS[output_format](report, sys.stdout)
-    if not report.missing:
-        return ExitStatus.OK
     if output_format == "csv":
-        # CSV has no place for it, and silence would pass for a whole answer.
+        # CSV has no place for it, and silence would pass for a whole and good answer.
+        for what in report.findings:
+            click.echo(f"ptinspect: finding: {escape(what)}", err=True)
         for what in report.missing:
-            click.echo(f"ptinspect: incomplete: {what}", err=True)
-    return ExitStatus.INCOMPLETE
+            click.echo(f"ptinspect: incomplete: {escape(what)}", err=True)
+    if report.missing:
+        return ExitStatus.INCOMPLETE
+    return ExitStatus.FINDINGS if report.findings else ExitStatus.OK
 
 
 def target_heading(target: Target) -> str:

@@ -30,6 +30,7 @@ def write_json(report: Report, out: TextIO) -> None:
         "complete": not report.missing,
         "missing": list(report.missing),
         "notes": list(report.notes),
+        "findings": list(report.findings),
     }
     out.write(json.dumps(head, indent=1)[:-2] + ',\n "tables": {')
     for index, table in enumerate(report.tables):

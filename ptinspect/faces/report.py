@@ -57,3 +57,5 @@ class Report:
     notes: Sequence[str] = ()
     #: What could not be seen; not empty means that the answer is incomplete (exit status 4).
     missing: Sequence[str] = field(default=())
+    #: What contradicts itself in the target, a sentence each (exit status 1 if nothing is missing).
+    findings: Sequence[str] = ()

@@ -20,6 +20,8 @@ def write_text(report: Report, out: TextIO) -> None:
         sections.append(f"{escape(table.title)}\n{rendered}" if table.title else rendered)
     if report.notes:
         sections.append("\n".join(escape(note) for note in report.notes))
+    if report.findings:
+        sections.append("\n".join(f"FINDING: {escape(what)}" for what in report.findings))
     if report.missing:
         sections.append("\n".join(f"INCOMPLETE: {escape(what)}" for what in report.missing))
     out.write("\n\n".join(sections) + "\n")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptinspect.cli.output import emit
 from ptinspect.faces.data import write_csv, write_json
 from ptinspect.faces.escape import escape
 from ptinspect.faces.report import Column, Kind, Report, Table
@@ -51,6 +52,18 @@ def test_text() -> None:
     assert "flag  yes" in text
     assert "A note." in text
     assert text.endswith("INCOMPLETE: 3 pages\n")
+    assert rendered(write_text, findings=["a\nb"]).endswith("FINDING: a\\nb\n")
+
+
+@pytest.mark.parametrize("output_format", ["text", "json", "csv"])
+def test_exit_status(output_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert emit(report(), output_format) == 0
+    assert emit(report(findings=[HOSTILE]), output_format) == 1
+    assert emit(report(findings=["f"], missing=["m"]), output_format) == 4
+    told = capsys.readouterr().err
+    lines = ["finding: " + escape(HOSTILE), "finding: f", "incomplete: m"]
+    expected = [f"ptinspect: {line}\n" for line in lines] if output_format == "csv" else []
+    assert told == "".join(expected)
 
 
 @pytest.mark.parametrize("write", [write_text, write_csv])
@@ -66,6 +79,7 @@ def test_json() -> None:
     assert answer["version"] == 1
     assert answer["complete"] is False
     assert answer["missing"] == ["3 pages"]
+    assert answer["findings"] == []
     assert answer["tables"]["things"] == [
         {"address": "0xffff888000001000", "count": 3, "comm": HOSTILE},
         {"address": None, "count": None, "comm": None},
