@@ -15,10 +15,10 @@ from ptinspect.target import open_target
 
 STOCK_KERNELS = (
     Stock("trixie", "x86_64", "6.12"),
-    Stock("trixie", "s390x", "6.12"),
+    Stock("bookworm-backports", "s390x", "6.12"),
     Stock("bookworm", "s390x", "6.1"),
     Stock("forky", "aarch64", "7.2"),
-    Stock("trixie", "ppc64le", "6.12"),
+    Stock("bookworm-backports", "ppc64le", "6.12"),
     Stock("forky", "riscv64", "7.2"),
 )
 
