@@ -3,8 +3,23 @@
 """
 Look inside the page tables of a Linux kernel, live or dead.
 
-``from ptinspect import *`` in drgn's shell gives the helpers below; they take and return drgn
-objects with the kernel's own names.
+``from ptinspect import *`` in drgn's shell gives these helpers, none of which hides one of drgn's.
+docs/scripting.md has worked examples.
+
+One descriptor: ``page_ptdesc(page)``, ``pfn_to_ptdesc(prog, pfn)``, ``virt_to_ptdesc(prog, addr)``,
+``locate_ptdesc(prog, text)``, and back ``ptdesc_page(pt)``, ``ptdesc_pfn(pt)``,
+``ptdesc_address(pt)``, ``ptdesc_folio(pt)``; ``page_is_pgtable(page)``, ``ptdesc_test_kernel(pt)``,
+``ptdesc_flags(pt)``, ``ptdesc_member(pt, name)``, ``describe_ptdesc(pt)``. They bear the names of
+the kernel's own functions where it has them, and take and return drgn objects.
+
+All descriptors: ``scan_memmap(prog)``, ``summarise(prog, scan)``, ``Listing(prog, scan)``,
+``read_nr_pagetable(prog)``. Address spaces: ``find_spaces(prog)``, ``walk_address(...)``,
+``map_space(...)``, ``walk_spaces(...)``, ``space_usage(tables)``. Both joined:
+``take_census(prog)``, ``table_owners(...)``, ``page_owners(...)``.
+
+What this kernel looks like: ``ptdesc_type(prog)``, ``ptdesc_dtype(prog)``, ``ptdesc_layout(prog)``,
+``ptdesc_has_member(prog, name)``, ``paging_of(prog)``. Outside of a shell:
+``with open_target(TargetOptions(core=...)) as target: prog = target.prog``.
 """
 
 from __future__ import annotations

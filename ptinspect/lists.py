@@ -72,6 +72,7 @@ def walk_list(head: Object, *, limit: int = LIST_LIMIT, back_links: bool = True)
     :param limit: Nodes after which the list counts as broken.
     :param back_links: Whether ``prev`` must point back; not so for RCU-protected lists, whose
         deleted nodes keep their ``next`` while ``prev`` is poisoned.
+    :return: The nodes in order, and where and why the walk ended early, if it did.
     """
     return walk_list_at(head.prog_, head.value_(), limit=limit, back_links=back_links)
 

@@ -76,6 +76,9 @@ def locate_ptdesc(prog: Program, text: str) -> Located:
     A bare number is a descriptor if it lies in the memory map, else a direct-map address, else a
     page frame number if there is such a page frame, else a physical address.
 
+    :param prog: The kernel.
+    :param text: Such a number, or pfn:N, phys:ADDR, page:ADDR, ptdesc:ADDR, virt:ADDR.
+    :return: The descriptor (``struct ptdesc *``) of the head page, and how the text was taken.
     :raises UsageError: if there is no struct page for it
     :raises IncompleteError: if the struct page is not in the dump
     """
@@ -97,6 +100,8 @@ def locate_physical(prog: Program, text: str) -> tuple[int, int]:
     """
     Get the physical memory that an address means, with the same rules as :func:`locate_ptdesc`.
 
+    :param prog: The kernel.
+    :param text: A number, or pfn:N, phys:ADDR, page:ADDR, ptdesc:ADDR, virt:ADDR.
     :return: Physical address, and the bytes that are meant: a page for a page frame number or a
         descriptor, one byte for an address.
     :raises UsageError: if there is no such memory

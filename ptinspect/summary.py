@@ -15,7 +15,13 @@ from ptinspect.tables.scan import MemmapScan, counted_pages
 
 
 def summarise(prog: Program, scan: MemmapScan) -> Summary:
-    """Add up a scan by node and order, beside the kernel's own counter."""
+    """
+    Add up a scan by node and order, beside the kernel's own counter.
+
+    :param prog: The kernel.
+    :param scan: What :func:`scan_memmap` found in it.
+    :return: The counts; where NR_PAGETABLE cannot be read, the reason in its place.
+    """
     counter: CounterReading | None = None
     problem = None
     try:

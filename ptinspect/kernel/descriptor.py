@@ -105,6 +105,7 @@ def ptdesc_type(prog: Program) -> Type:
     """
     Get the type of a page-table descriptor: the kernel's own ``struct ptdesc``, or the overlay.
 
+    :return: Its members bear this kernel's names; :data:`MEMBER_NAMES` has all of them.
     :raises LookupError: if the program has no debug information for ``struct page``
     """
     return _model(prog).type
@@ -112,7 +113,11 @@ def ptdesc_type(prog: Program) -> Type:
 
 @takes_program_or_default
 def ptdesc_is_native(prog: Program) -> bool:
-    """Whether the kernel itself has ``struct ptdesc`` (6.6 and later)."""
+    """
+    Whether the kernel itself has ``struct ptdesc`` (6.6 and later).
+
+    :return: If not, :func:`ptdesc_type` is an overlay made of the members of ``struct page``.
+    """
     return _model(prog).native
 
 
@@ -211,7 +216,12 @@ def canonical_member_name(name: str) -> str:
 
 @takes_program_or_default
 def ptdesc_has_member(prog: Program, name: str) -> bool:
-    """Whether this kernel's descriptor has a member, by any of its names."""
+    """
+    Whether this kernel's descriptor has a member.
+
+    :param name: Any of the names that any kernel gave it.
+    :return: If not, the member is absent, which is not zero.
+    """
     return canonical_member_name(name) in _model(prog).names
 
 
@@ -236,6 +246,8 @@ def ptdesc_member(pt: Object, name: str) -> Object:
     >>> ptdesc_member(pt, "pt_flags")       # also where the kernel says __page_flags
 
     :param pt: ``struct ptdesc *``
+    :param name: Any of the names that any kernel gave it.
+    :return: The member, as this kernel declares it.
     :raises LookupError: if this kernel's descriptor lacks the member: it is absent, not zero
     """
     return pt.member_(native_member_name(pt.prog_, name))
@@ -434,6 +446,8 @@ def ptdesc_dtype(prog: Program) -> np.dtype[np.void]:
     Fields bear the names that work on every kernel and lie over each other as in C. A list head
     gives ``pt_list.next`` and ``pt_list.prev``. Byte order is the target's. An item is as long as
     a ``struct page``, so that a slice of the memory map can be viewed as an array of it.
+
+    :return: A structured type; offsets and sizes are those of the kernel, in bytes.
     """
     try:
         dtype = prog.cache["ptinspect_ptdesc_dtype"]

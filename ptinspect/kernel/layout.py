@@ -46,6 +46,7 @@ def ptdesc_layout(prog: Program) -> Layout:
     """
     Compare the two structures of a kernel.
 
+    :return: The members of ``struct ptdesc`` and ``struct page``, and each pair that must match.
     :raises LookupError: if the debug information has no ``struct page``
     """
     page = prog.type("struct page")

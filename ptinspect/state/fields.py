@@ -77,6 +77,7 @@ def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = F
     :param level: The table's level where it is known from a walk; else it is told from the
         descriptor if that is possible.
     :param of_kernel: Whether a walk found it in the kernel's address space.
+    :return: Every member that any kernel has, with its state here.
     :raises FaultError: if the descriptor itself cannot be read
     """
     prog = pt.prog_

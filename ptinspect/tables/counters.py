@@ -20,6 +20,8 @@ def read_nr_pagetable(prog: Program) -> CounterReading:
     /proc/vmstat shows only the global part; each CPU adds up to its ``stat_threshold`` (at most
     125) pages in ``vm_node_stat_diff`` before it folds them in (mm/vmstat.c).
 
+    :param prog: The kernel.
+    :return: The global part, that of each CPU and of each node, in pages.
     :raises FaultError: if the counters are not in the dump
     :raises TargetError: if the kernel keeps NR_PAGETABLE elsewhere (a zone counter before 5.11)
     """

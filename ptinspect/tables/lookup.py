@@ -101,8 +101,13 @@ def walk_address(
     """
     Translate one address, step by step.
 
+    :param prog: The kernel.
+    :param paging: What :func:`paging_of` says of it.
+    :param root: The root table: ``space.root``.
+    :param address: Virtual.
     :param memory: Where the target has memory.
     :param kernel: Whether the space is the kernel's (:meth:`Paging.kernel_kinds`).
+    :return: Each table on the way with its entry, how the way ended, and where it leads.
     """
     slot = paging.index_of(root, address)
     if slot is None:
@@ -197,6 +202,10 @@ def table_owners(tables: Tables, address: int) -> list[TableOwner]:
     Get every way in which the table that holds a physical address is reached.
 
     A table that is reached through a shared one further up is given for each space that shares.
+
+    :param tables: A walk of all spaces (``census.tables``).
+    :param address: Physical.
+    :return: One for each entry, or root, and space; empty if no table lies there.
     """
     sizes = tables.table_bytes.astype(np.uint64)
     here = np.uint64(address)
@@ -212,7 +221,14 @@ def table_owners(tables: Tables, address: int) -> list[TableOwner]:
 
 
 def tables_within(tables: Tables, begin: int, end: int) -> list[int]:
-    """Get the physical addresses of the tables that lie in [begin, end), wholly or in part."""
+    """
+    Get the tables that lie in a range of memory, wholly or in part.
+
+    :param tables: A walk of all spaces (``census.tables``).
+    :param begin: Physical address.
+    :param end: Physical address behind the last byte.
+    :return: Their physical addresses, each once, in order.
+    """
     first = tables.address
     overlap = (first < np.uint64(end)) & (first + tables.table_bytes.astype(np.uint64) > begin)
     addresses: list[int] = np.unique(first[overlap]).tolist()
@@ -224,6 +240,11 @@ def page_owners(prog: Program, tables: Tables, address: int) -> list[PageOwner]:
     Get every entry that maps the byte at a physical address, in any space.
 
     Reads all tables again, comparing the address bits of whole tables at a time.
+
+    :param prog: The kernel.
+    :param tables: A walk of its spaces (``census.tables``).
+    :param address: Physical.
+    :return: One for each entry and space; empty if nothing that could be read maps it.
     """
     paging = tables.paging
     readable = tables.state == RowState.READ

@@ -98,7 +98,12 @@ def map_space(
     Neighbouring entries are joined if level, class, permissions of the whole path, page size and
     attributes are the same; where they lie in physical memory does not matter.
 
+    :param prog: The kernel.
+    :param paging: What :func:`paging_of` says of it.
+    :param space: One of :func:`find_spaces`.
     :param kinds: Which entries to show.
+    :param memory: Where the target has memory; entries that point elsewhere are marked.
+    :return: The ranges in order of their addresses, and what could not be seen.
     """
     tables = walk_spaces(prog, paging, [space], leaf_counts=False, memory=memory)
     barriers = _shared_bounds(tables)

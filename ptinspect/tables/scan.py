@@ -98,6 +98,9 @@ def scan_memmap(prog: Program, progress: Progress | None = None) -> MemmapScan:
     """
     Find every typed page, reading the memory map in large pieces.
 
+    :param prog: The kernel.
+    :param progress: Called now and then with how much is done and how much there is.
+    :return: The page frames and their raw descriptors as arrays, in order of the page frames.
     :raises TargetError: if the kernel does not mark its page tables, or has an unknown memory model
     :raises IncompleteError: if the section tables are not in the dump
     """

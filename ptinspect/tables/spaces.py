@@ -164,8 +164,10 @@ def find_spaces(prog: Program, *, slab: bool = True, isolated: bool = True) -> S
     """
     List every address space.
 
+    :param prog: The kernel.
     :param slab: Whether to look for mms in the slab cache too, which reads the whole memory map.
     :param isolated: Whether to list the second roots of page-table isolation.
+    :return: The spaces, and what kept a source from being followed to its end.
     :raises TargetError: if the target's paging is not supported
     """
     return _Finder(prog, paging_of(prog)).find(slab, isolated)

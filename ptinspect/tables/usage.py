@@ -51,7 +51,12 @@ class SpaceUsage:
 
 
 def space_usage(tables: Tables) -> SpaceUsage:
-    """Sum up a walk by space."""
+    """
+    Sum up a walk by space.
+
+    :param tables: What :func:`walk_spaces` found.
+    :return: Arrays, one row for each space of the walk, in its order.
+    """
     spaces, levels = len(tables.spaces), len(tables.paging.levels)
     there = (tables.state != RowState.CYCLE) & (tables.state != RowState.OUTSIDE)
     root = tables.parent < 0

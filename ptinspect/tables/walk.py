@@ -185,10 +185,15 @@ def walk_spaces(
     A table that several spaces reach is followed for the first of them, so the kernel's space
     should come before those that share its tables.
 
+    :param prog: The kernel.
+    :param paging: What :func:`paging_of` says of it.
+    :param spaces: Those of :func:`find_spaces`, or some of them.
     :param leaf_counts: Whether to read the tables of the lowest level, which are most of all.
     :param memory: Where the target has memory; entries that point elsewhere are marked.
+    :param progress: Called now and then with how many tables are walked, of how many known.
     :param visitor: Is shown the raw entries of each table that is read at the lowest level.
     :param batch_bytes: How much is held at a time.
+    :return: One row for each table and way to it, as arrays.
     """
     walker = _Walker(prog, paging, spaces, leaf_counts, memory, progress, visitor, batch_bytes)
     return walker.walk()

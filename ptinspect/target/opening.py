@@ -34,6 +34,8 @@ def open_target(options: TargetOptions) -> Iterator[Target]:
     When the context ends, in whatever way, a guest that was stopped for it runs again and nothing
     temporary is left.
 
+    :param options: What to open, and how.
+    :return: A context manager; its value has the drgn program as ``prog``.
     :raises TargetError: if the target cannot be opened
     :raises DebugInfoError: if its debugging information is missing or belongs to another kernel
     :raises UsageError: if the options contradict each other

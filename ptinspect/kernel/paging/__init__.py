@@ -49,6 +49,8 @@ def paging_of(prog: Program) -> Paging:
     """
     Get the paging of a target. What varies at run time is read from it, once.
 
+    :param prog: The kernel.
+    :return: Its levels, entry formats and modes.
     :raises TargetError: if the architecture or its paging mode is not supported
     :raises FaultError: if the target lacks the memory that tells the mode
     """
