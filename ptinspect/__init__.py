@@ -47,6 +47,7 @@ from ptinspect.kernel.paging import EntryClass, Permission, paging_of
 from ptinspect.listing import Listing
 from ptinspect.lists import walk_list
 from ptinspect.locate import locate_physical, locate_ptdesc
+from ptinspect.state.deposits import for_each_deposited_pgtable
 from ptinspect.state.fields import describe_ptdesc
 from ptinspect.summary import summarise
 from ptinspect.tables.counters import read_nr_pagetable
@@ -77,6 +78,7 @@ __all__ = (
     "TargetOptions",
     "describe_ptdesc",
     "find_spaces",
+    "for_each_deposited_pgtable",
     "locate_physical",
     "locate_ptdesc",
     "map_space",

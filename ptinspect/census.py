@@ -56,7 +56,9 @@ class Holder(IntEnum):
 
 
 #: Stories that account for tables that no tree reaches, in the order in which they are asked.
-_HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = ()
+_HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = (
+    (Holder.DEPOSIT, lambda stories: stories.deposits),
+)
 
 
 class HolderCount(NamedTuple):

@@ -165,6 +165,7 @@ class Listing:
         reached[census.level_conflict] = "?"
         # What no space reaches may still tell its level by itself.
         alone = typed_levels(self._prog, self._scan)
+        alone[census.holder == Holder.DEPOSIT] = census.paging.levels[0].name
         return np.where(census.level == UNKNOWN_LEVEL, alone, reached)
 
     def _walked(self, census: Census, name: str) -> ColumnData:

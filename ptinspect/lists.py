@@ -42,14 +42,17 @@ class ListBreak:
     reason: BreakReason
     #: Address of the last good node (or the head).
     node: int
-    #: What its ``next`` says.
+    #: What its link onward says: ``next``.
     next: int
-    #: What that node's ``prev`` says, if it could be read.
+    #: What that node's link back says, if it could be read: ``prev``.
     prev: int | None = None
+    #: The list was followed by ``prev``, so that the link back is ``next``.
+    backward: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.reason.value}: node {self.node:#x}, next {self.next:#x}"
-        return text if self.prev is None else f"{text}, its prev {self.prev:#x}"
+        onward, back = ("prev", "next") if self.backward else ("next", "prev")
+        text = f"{self.reason.value}: node {self.node:#x}, {onward} {self.next:#x}"
+        return text if self.prev is None else f"{text}, its {back} {self.prev:#x}"
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,28 @@ def walk_list(head: Object, *, limit: int = LIST_LIMIT, back_links: bool = True)
 
 
 def walk_list_at(
-    prog: Program, head: int, *, limit: int = LIST_LIMIT, back_links: bool = True
+    prog: Program,
+    head: int,
+    *,
+    limit: int = LIST_LIMIT,
+    back_links: bool = True,
+    backward: bool = False,
 ) -> ListWalk:
-    """Walk a list from the address of its head; see :func:`walk_list`."""
+    """
+    Walk a list from the address of its head; see :func:`walk_list`.
+
+    :param backward: Follow ``prev`` and check ``next``: what lies behind a break is found so.
+    """
     links = _link_format(prog)
     nodes: list[int] = []
     seen = {head}
     here = head
     try:
-        following = links.unpack(prog.read(head, links.size))[0]
+        following = links.unpack(prog.read(head, links.size))[int(backward)]
     except FaultError:
         return ListWalk(head, (), ListBreak(BreakReason.UNREADABLE, head, head))
     while True:
-        problem, after, prev = _step(prog, links, following)
+        problem, after, prev = _step(prog, links, following, backward)
         if problem is None and back_links and prev != here:
             problem = BreakReason.BACK_LINK
         if problem is None and following != head and following in seen:
@@ -98,7 +110,8 @@ def walk_list_at(
         if problem is None and following != head and len(nodes) >= limit:
             problem = BreakReason.LIMIT
         if problem is not None:
-            return ListWalk(head, tuple(nodes), ListBreak(problem, here, following, prev))
+            where = ListBreak(problem, here, following, prev, backward)
+            return ListWalk(head, tuple(nodes), where)
         if following == head:
             return ListWalk(head, tuple(nodes), None)
         nodes.append(following)
@@ -107,9 +120,9 @@ def walk_list_at(
 
 
 def _step(
-    prog: Program, links: struct.Struct, node: int
+    prog: Program, links: struct.Struct, node: int, backward: bool
 ) -> tuple[BreakReason | None, int, int | None]:
-    """Read a node: a problem with it if any, its ``next``, its ``prev``."""
+    """Read a node: a problem with it if any, its link onward, its link back."""
     if not node:
         return BreakReason.NULL, 0, None
     if node in _POISONED:
@@ -118,7 +131,7 @@ def _step(
         after, prev = links.unpack(prog.read(node, links.size))
     except FaultError:
         return BreakReason.UNREADABLE, 0, None
-    return None, after, prev
+    return (None, prev, after) if backward else (None, after, prev)
 
 
 def _link_format(prog: Program) -> struct.Struct:

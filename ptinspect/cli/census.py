@@ -64,6 +64,19 @@ def survey(prog: Program, *, walk: bool, leaf_counts: bool = True) -> Survey:
     return Survey(census.scan, census, counter.result(rows), table_nodes, None)
 
 
+def tree_census(prog: Program) -> Census:
+    """
+    Take the census of a command that needs one, without the entries of the lowest level.
+
+    :raises PtinspectError: if the tables cannot be walked, or the memory map cannot be scanned
+    """
+    progress = ProgressLine("Walking all address spaces")
+    try:
+        return take_census(prog, leaf_counts=False, walk_progress=progress)
+    finally:
+        progress.close()
+
+
 def _scan(prog: Program) -> MemmapScan:
     progress = ProgressLine("Scanning the memory map")
     try:

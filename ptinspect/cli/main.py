@@ -12,7 +12,7 @@ import click
 from drgn import FaultError, ObjectNotFoundError
 
 from ptinspect import __version__
-from ptinspect.cli import descriptors, layout, processes, shell, summary, translate
+from ptinspect.cli import deposits, descriptors, layout, processes, shell, summary, translate
 from ptinspect.cli.target_options import target_options
 from ptinspect.errors import ExitStatus, PtinspectError, explain
 from ptinspect.faces.escape import escape
@@ -43,6 +43,7 @@ for _command in (
     translate.map_command,
     translate.owner_command,
     processes.command,
+    deposits.command,
     shell.command,
 ):
     cli.add_command(_command)

@@ -9,11 +9,14 @@ frozen record of its own; commands, the census and the invariants share what was
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 from drgn import Program
 
 from ptinspect.memory import AddressArray
+from ptinspect.state.deposits import Deposits, read_deposits
+from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import Tables
 
@@ -41,3 +44,13 @@ class Stories:
         self.prog = prog
         self.tables = tables
         self.scan = scan
+
+    @cached_property
+    def pmd_tables(self) -> PmdTables:
+        """The PMD tables of mms with their descriptors."""
+        return read_pmd_tables(self.prog, self.tables)
+
+    @cached_property
+    def deposits(self) -> Deposits:
+        """The spare tables of huge pages."""
+        return read_deposits(self.prog, self.tables, self.pmd_tables)
