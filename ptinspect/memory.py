@@ -17,7 +17,7 @@ import numpy.typing as npt
 from drgn import FaultError, Program
 
 #: Bytes asked for in one read. Larger reads cost memory without being faster (see docs/bench.md).
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 512 << 10
 
 #: What a filtered dump leaves out and what a page table maps: no architecture has smaller pages.
 SMALLEST_PAGE = 4096
@@ -179,29 +179,53 @@ def iter_blocks(
         yield from _iter_fractions(prog, addresses, size, physical, batch_bytes)
         return
     count = len(addresses)
+    if not count:
+        return
     per_batch = max(1, batch_bytes // size)
+    new_run = np.ones(count + 1, np.bool_)
+    new_run[1:-1] = np.diff(addresses) != size
+    firsts = _batch_starts(np.flatnonzero(new_run), per_batch)
     # A read ends where the next block is not adjacent, and at the end of a batch.
-    new_read = np.ones(count + 1, np.bool_)
-    new_read[1:-1] = np.diff(addresses) != size
-    new_read[::per_batch] = True
-    bounds = np.flatnonzero(new_read)
+    new_run[firsts] = True
+    bounds = np.flatnonzero(new_run)
     starts = addresses[bounds[:-1]].tolist()
     sizes = (np.diff(bounds) * size).tolist()
-    firsts = range(0, count, per_batch)
     runs = np.searchsorted(bounds, [*firsts, count]).tolist()
     read = prog.read
-    for first, run, next_run in zip(firsts, runs[:-1], runs[1:]):
-        end = min(first + per_batch, count)
+    for first, end, run, next_run in zip(firsts, [*firsts[1:], count], runs[:-1], runs[1:]):
         try:
-            parts = [
-                read(address, length, physical)
-                for address, length in zip(starts[run:next_run], sizes[run:next_run])
-            ]
+            if next_run - run == 1:
+                raw = read(starts[run], sizes[run], physical)
+            else:
+                raw = b"".join(
+                    [
+                        read(address, length, physical)
+                        for address, length in zip(starts[run:next_run], sizes[run:next_run])
+                    ]
+                )
         except FaultError:
             yield BlockBatch(first, *_read_one_by_one(prog, addresses[first:end], size, physical))
             continue
-        raw = parts[0] if len(parts) == 1 else b"".join(parts)
         yield BlockBatch(first, np.frombuffer(raw, np.uint8).reshape(end - first, size), None)
+        # Freed before the next read, which then gets the same memory, still in the cache.
+        del raw
+
+
+def _batch_starts(bounds: npt.NDArray[np.intp], per_batch: int) -> list[int]:
+    """
+    Decide where batches begin: a long run of blocks is cut from its own begin.
+
+    So that most batches are one read, and their parts need not be put together.
+
+    :param bounds: Where runs of adjacent blocks begin, and behind them their number.
+    """
+    lengths = np.diff(bounds)
+    long = lengths * 2 >= per_batch
+    cuts = np.unique(np.concatenate((bounds[:1], bounds[:-1][long], bounds[1:][long], bounds[-1:])))
+    starts: list[int] = []
+    for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist()):
+        starts.extend(range(begin, end, per_batch))
+    return starts
 
 
 def _read_one_by_one(

@@ -17,8 +17,10 @@ CLASSES = len(EntryClass)
 
 CountArray = npt.NDArray[np.uint16]
 
-#: A batch in which fewer than one entry in this many is filled is looked at entry by entry.
-_SPARSE = 16
+#: Entries of which the booleans fill one word.
+_LINE = 8
+
+_NO_FLAGS = np.uint64(0)
 
 #: How many words of booleans are added, byte by byte, into one.
 _WORDS_PER_SUM = 128
@@ -51,7 +53,9 @@ def filled_entries(paging: Paging, raw: EntryArray, level: int) -> Entries:
     filled = np.not_equal(raw, paging.raw_constant(paging.levels[level].empty))
     places = np.flatnonzero(filled)
     values = paging.values(raw.reshape(-1)[places])
-    row, slot = np.divmod(places, raw.shape[1])
+    # Two steps are quicker than divmod().
+    row = places // raw.shape[1]
+    slot = places - row * raw.shape[1]
     return Entries(row, slot, values, paging.classify(values, level))
 
 
@@ -70,13 +74,26 @@ def tally(entries: Entries, tables: int, per_table: int) -> CountArray:
     return counts.astype(np.uint16)
 
 
+class _Flags(NamedTuple):
+    """Room for one boolean for each entry of some tables, seen in several ways."""
+
+    #: bool, one after the other: whether each entry is filled.
+    filled: BoolArray
+    #: uint64, shape (n, lanes, m): the same, eight of them a word.
+    tables: npt.NDArray[np.uint64]
+    #: uint64, the same words one after the other.
+    lines: npt.NDArray[np.uint64]
+    #: bool: whether anything is set in each word.
+    used: BoolArray
+
+
 class LeafTableCounter:
     """
     Counts the entries of many tables of the lowest level, batch by batch.
 
-    The usual case is decided for whole tables at a time: how many entries are not empty, and how
-    many are plain leaves. Only where the two differ, single entries are looked at. Both numbers
-    are summed eight at a time in the bytes of a word, and put together once at the end.
+    One pass over all entries tells which are filled. Most tables are nearly empty or all full, and
+    hold nothing but plain leaves; so only the lines of eight entries in which anything is are
+    looked at once more, and single entries only where they are something else.
     """
 
     def __init__(self, paging: Paging, tables: int) -> None:
@@ -87,69 +104,80 @@ class LeafTableCounter:
         self._empty = paging.raw_constant(level.empty)
         self._mask = paging.raw_constant(level.usual_leaf.mask)
         self._value = paging.raw_constant(level.usual_leaf.value)
+        self._lines = level.entries // _LINE
         # A byte must not overflow: at most 128 words are added to one.
-        words = level.entries // 8
-        self._sums = (max(1, words // _WORDS_PER_SUM), min(words, _WORDS_PER_SUM))
-        self._filled = np.zeros((tables, self._sums[0]), np.uint64)
-        self._leaves = np.zeros((tables, self._sums[0]), np.uint64)
-        self._known = np.zeros(tables, np.bool_)
-        self._mixed: list[tuple[npt.NDArray[np.intp], CountArray]] = []
-        self._flags = np.empty((0, 0), np.bool_)
-        self._masked = np.empty((0, 0), np.uint64)
+        self._lanes = max(1, self._lines // _WORDS_PER_SUM)
+        #: By table and lane: filled entries, summed eight at a time in the bytes of a word.
+        self._filled = np.zeros((tables, self._lanes), np.uint64)
+        self._known = np.ones(tables, np.bool_)
+        #: Numbers of tables, and by class the entries in them that are not plain leaves.
+        self._others: list[tuple[npt.NDArray[np.intp], CountArray]] = []
+        self._flags = self._make_flags(0)
+
+    def _make_flags(self, tables: int) -> _Flags:
+        filled = np.empty(tables * self._entries, np.bool_)
+        lines = filled.view(np.uint64)
+        by_table = lines.reshape(tables, self._lanes, self._lines // self._lanes)
+        return _Flags(filled, by_table, lines, np.empty(len(lines), np.bool_))
 
     def add(self, first: int, raw: EntryArray, readable: BoolArray | None) -> None:
         """
         Count some tables.
 
         :param first: Number of the first of them.
-        :param raw: uint64, shape (n, entries).
+        :param raw: uint64, shape (n, entries), contiguous.
         :param readable: bool, shape (n,); tables for which it is False are not counted.
         """
         count = len(raw)
-        if len(self._flags) < count:
-            self._flags = np.empty(raw.shape, np.bool_)
-            self._masked = np.empty(raw.shape, np.uint64)
-        flags, masked = self._flags[:count], self._masked[:count]
-        here = slice(first, first + count)
-        words = flags.view(np.uint64).reshape(count, *self._sums)
-        filled, leaves = self._filled[here], self._leaves[here]
-        np.not_equal(raw, self._empty, out=flags)
-        np.add.reduce(words, axis=2, out=filled)
-        self._known[here] = True if readable is None else readable
-        if self._only_leaves(raw, flags):
-            leaves[:] = filled
+        if len(self._flags.tables) != count:
+            self._flags = self._make_flags(count)
+        filled, tables, lines, used = self._flags
+        entries = raw.reshape(-1)
+        np.not_equal(entries, self._empty, out=filled)
+        np.add.reduce(tables, axis=2, out=self._filled[first : first + count])
+        if readable is not None:
+            self._known[first : first + count] = readable
+        np.not_equal(lines, _NO_FLAGS, out=used)
+        (place,) = used.nonzero()
+        if len(place) < len(lines):
+            lines, entries = lines.take(place), entries.reshape(-1, _LINE).take(place, axis=0)
+        elif self._value == self._mask == np.bitwise_and.reduce(entries) & self._mask:
+            # All full of plain leaves.
             return
-        np.bitwise_and(raw, self._mask, out=masked)
-        np.equal(masked, self._value, out=flags)
-        np.add.reduce(words, axis=2, out=leaves)
-        if filled.tobytes() != leaves.tobytes():
-            mixed = np.flatnonzero((filled != leaves).any(axis=1))
-            entries = filled_entries(self._paging, raw[mixed], 0)
-            self._mixed.append((first + mixed, tally(entries, len(mixed), self._entries)))
+        leaves = ((entries & self._mask) == self._value).reshape(-1)
+        # A plain leaf is filled, so that the two differ only in entries that are something else.
+        if lines.tobytes() != leaves.tobytes():
+            (other,) = (lines.view(np.bool_) ^ leaves).nonzero()
+            table = place[other // _LINE] // self._lines
+            self._add_others(first, count, table, entries.reshape(-1)[other])
 
-    def _only_leaves(self, raw: EntryArray, filled: BoolArray) -> bool:
+    def _add_others(self, first: int, count: int, table: IndexArray, raw: EntryArray) -> None:
+        """Look at single entries that are filled, but no plain leaves."""
+        kinds = self._paging.classify(self._paging.values(raw), 0)
+        counts = np.bincount(table * CLASSES + kinds, minlength=count * CLASSES)
+        counts = counts.reshape(count, CLASSES)
+        there = np.flatnonzero(counts.any(axis=1))
+        self._others.append((first + there, counts[there].astype(np.uint16)))
+
+    def store(self, counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
         """
-        Tell, where that is quick, whether whatever is filled is a plain leaf.
+        Write the counts of all tables that were readable; the others' are left as they are.
 
-        It is in tables that are nearly empty, or all full; most are one or the other.
+        :param counts: uint16, shape (m, classes), of zeros.
+        :param rows: Row of each table in it.
         """
-        total = np.count_nonzero(filled)
-        if total * _SPARSE <= filled.size:
-            values = raw.reshape(-1)[np.flatnonzero(filled)]
-            return bool(((values & self._mask) == self._value).all())
-        if total == filled.size and self._value == self._mask:
-            return bool(np.bitwise_and.reduce(raw.reshape(-1)) & self._mask == self._value)
-        return False
-
-    def counts(self) -> CountArray:
-        """Get the counts of all tables, uint16 of shape (tables, classes)."""
-        counts = np.zeros((len(self._known), CLASSES), np.uint16)
-        counts[:, EntryClass.LEAF] = _fold(self._leaves)
-        counts[:, EntryClass.NONE] = self._entries - _fold(self._filled)
-        for rows, mixed in self._mixed:
-            counts[rows] = mixed
-        counts[~self._known] = 0
-        return counts
+        filled = _fold(self._filled)
+        known = self._known
+        where = rows
+        if not known.all():
+            where, filled = rows[known], filled[known]
+        counts[where, EntryClass.LEAF] = filled
+        counts[where, EntryClass.NONE] = self._entries - filled
+        for tables, others in self._others:
+            seen = known[tables]
+            where, others = rows[tables[seen]], others[seen]
+            counts[where] += others
+            counts[where, EntryClass.LEAF] -= others.sum(axis=1, dtype=np.uint16)
 
 
 def _fold(lanes: npt.NDArray[np.uint64]) -> IndexArray:

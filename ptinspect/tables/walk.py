@@ -158,13 +158,15 @@ class _Frontier(NamedTuple):
 
 
 class _Children(NamedTuple):
-    """What TABLE entries of one batch point to; ``row`` is the row within the level above."""
+    """What the TABLE entries of one batch point to, table after table."""
 
-    row: npt.NDArray[np.int64]
-    #: Position among the children of the same table.
-    rank: npt.NDArray[np.int64]
+    #: Rows of the tables within their level.
+    parents: npt.NDArray[np.intp]
+    #: How many children each of them has.
+    numbers: npt.NDArray[np.intp]
     slot: npt.NDArray[np.uint16]
     address: AddressArray
+    #: What the entries permit by themselves.
     permissions: PermissionArray
 
 
@@ -262,11 +264,12 @@ class _Walker:
         state = np.full(count, RowState.READ, np.uint8)
         first = np.full(count, -1, np.int32)
         counts = np.zeros((count, CLASSES), np.uint16)
-        self._mark_cycles(frontier, state)
+        order = np.argsort(frontier.address)
+        self._mark_cycles(frontier, order, state)
         if self._memory is not None:
             size = self._paging.levels[level].table_bytes
             state[~self._memory.contain(frontier.address, size)] = RowState.OUTSIDE
-        rows = self._mark_shared(frontier, state, first)
+        rows = self._mark_shared(frontier, order, state, first)
         children: list[_Children] = []
         if level:
             children = self._read_tables(frontier, level, rows, state, counts)
@@ -295,8 +298,18 @@ class _Walker:
         self._first_row += count
         return below
 
-    def _mark_cycles(self, frontier: _Frontier, state: npt.NDArray[np.uint8]) -> None:
+    def _mark_cycles(
+        self, frontier: _Frontier, order: npt.NDArray[np.intp], state: npt.NDArray[np.uint8]
+    ) -> None:
         """Mark the tables that are among their own ancestors."""
+        if not self._levels or not len(order):
+            return
+        # Seldom is a table reached at two levels at all, and there are few above.
+        upper = np.concatenate([columns["address"] for columns in self._levels])
+        place = np.searchsorted(frontier.address, upper, sorter=order)
+        again = frontier.address[order[np.minimum(place, len(order) - 1)]] == upper
+        if not again.any():
+            return
         above = frontier.parent
         base = self._first_row
         for columns in reversed(self._levels):
@@ -310,23 +323,31 @@ class _Walker:
             above = np.where(known, columns["parent"][here], above)
 
     def _mark_shared(
-        self, frontier: _Frontier, state: npt.NDArray[np.uint8], first: RowArray
+        self,
+        frontier: _Frontier,
+        order: npt.NDArray[np.intp],
+        state: npt.NDArray[np.uint8],
+        first: RowArray,
     ) -> npt.NDArray[np.intp]:
         """
         Mark tables that were reached before, and get the rows to read, in order of address.
+
+        :param order: All rows in order of address.
         """
-        usable = np.flatnonzero(state == RowState.READ)
-        addresses = frontier.address[usable]
-        order = np.argsort(addresses, kind="stable")
-        ordered = addresses[order]
+        usable = state == RowState.READ
+        if not usable.all():
+            order = order[usable[order]]
+        ordered = frontier.address[order]
         new = np.ones(len(ordered), np.bool_)
         new[1:] = ordered[1:] != ordered[:-1]
-        leaders = usable[order[new]]
-        if len(leaders) != len(usable):
-            # The sort is stable: of each group the first is the one that comes first in the rows.
-            again = usable[order[~new]]
-            state[again] = RowState.SHARED
-            first[again] = leaders[np.cumsum(new)[~new] - 1]
+        if new.all():
+            return order
+        # Of each group the row that comes first is followed.
+        leaders = np.minimum.reduceat(order, np.flatnonzero(new))
+        leader = leaders[np.cumsum(new) - 1]
+        again = leader != order
+        state[order[again]] = RowState.SHARED
+        first[order[again]] = leader[again]
         return leaders
 
     def _read_tables(
@@ -355,7 +376,7 @@ class _Walker:
                 raw, foreign = self._only_own_entries(frontier, level, here, raw)
             entries = filled_entries(self._paging, raw, level)
             counts[here] = tally(entries, len(here), raw.shape[1])
-            children.append(self._children(frontier, level, here, entries))
+            children.append(self._children(level, here, entries))
             if foreign is not None:
                 counts[here, EntryClass.NONE] -= foreign.astype(np.uint16)
             if kernel[place].any():
@@ -391,6 +412,8 @@ class _Walker:
             counter.add(batch.first, raw, batch.readable)
             self._report(len(raw), frontier)
             if batch.readable is None and self._visitor is None and not hidden:
+                # Freed before the next read, which then gets the same memory.
+                del batch, raw
                 continue
             here = rows[batch.first : batch.first + len(raw)]
             if batch.readable is not None:
@@ -401,7 +424,8 @@ class _Walker:
             in_kernel = self._is_kernel[frontier.space[here]]
             if hidden and in_kernel.any():
                 unseen.append((here[in_kernel], self._hidden_leaves(raw[in_kernel], 0)))
-        counts[rows] = counter.counts()
+            del batch, raw
+        counter.store(counts, rows)
         _hide_swap(counts, rows[kernel])
         for where, number in unseen:
             counts[where, EntryClass.LEAF] -= number
@@ -443,58 +467,52 @@ class _Walker:
                 blanked[places] = np.count_nonzero(foreign)
         return raw, blanked
 
-    def _children(
-        self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], entries: Entries
-    ) -> _Children:
+    def _children(self, level: int, rows: npt.NDArray[np.intp], entries: Entries) -> _Children:
         table = entries.kind == EntryClass.TABLE
-        row, slot, values = entries.row[table], entries.slot[table], entries.value[table]
-        # Entries come in order of their table.
-        starts = np.searchsorted(row, np.arange(len(rows)))
-        parents = rows[row]
+        row, slot, values = entries.row, entries.slot, entries.value
+        if not table.all():
+            row, slot, values = row[table], slot[table], values[table]
         return _Children(
-            row=parents,
-            rank=np.arange(len(row)) - starts[row],
+            parents=rows,
+            numbers=np.bincount(row, minlength=len(rows)),
             slot=slot.astype(np.uint16),
             address=self._paging.table_targets(values, level),
-            permissions=frontier.permissions[parents]
-            & self._paging.permissions(values, level, leaf=False),
+            permissions=self._paging.permissions(values, level, leaf=False),
         )
 
     def _collect(self, frontier: _Frontier, level: int, parts: list[_Children]) -> _Frontier:
         """Put the children of a level into the order of their parents."""
         if not parts:
+            none = np.empty(0, np.intp)
             parts = [
                 _Children(
-                    np.empty(0, np.int64),
-                    np.empty(0, np.int64),
+                    none,
+                    none,
                     np.empty(0, np.uint16),
                     np.empty(0, np.uint64),
                     np.empty(0, np.uint8),
                 )
             ]
-        row = np.concatenate([part.row for part in parts])
-        per_parent = np.bincount(row, minlength=len(frontier.space))
-        starts = np.cumsum(per_parent) - per_parent
-        place = starts[row] + np.concatenate([part.rank for part in parts])
-
-        def placed(column: str) -> npt.NDArray[Any]:
-            values = np.concatenate([getattr(part, column) for part in parts])
-            result = np.empty_like(values)
-            result[place] = values
-            return result
-
-        ordered_row = np.empty_like(row)
-        ordered_row[place] = row
-        slot = placed("slot")
+        parents, numbers, slot, address, permissions = (
+            np.concatenate(column) for column in zip(*parts)
+        )
+        by_row = np.argsort(parents)
+        begins = (np.cumsum(numbers) - numbers)[by_row]
+        parents, numbers = parents[by_row], numbers[by_row]
+        row = np.repeat(parents, numbers)
+        if (by_row[1:] < by_row[:-1]).any():
+            moved = np.repeat(begins - (np.cumsum(numbers) - numbers), numbers)
+            moved += np.arange(len(row))
+            slot, address, permissions = slot[moved], address[moved], permissions[moved]
         span = np.uint64(self._paging.levels[level].shift)
-        va = frontier.va[ordered_row] + (slot.astype(np.uint64) << span)
+        va = frontier.va[row] + (slot.astype(np.uint64) << span)
         return _Frontier(
-            space=frontier.space[ordered_row],
-            address=placed("address"),
+            space=frontier.space[row],
+            address=address,
             va=self._paging.canonical(va),
-            parent=(ordered_row + self._first_row).astype(np.int32),
+            parent=(row + self._first_row).astype(np.int32),
             slot=slot,
-            permissions=placed("permissions"),
+            permissions=frontier.permissions[row] & permissions,
         )
 
 

@@ -227,8 +227,10 @@ class Paging:
         for rule in self.levels[level].rules:
             hit = (values & np.uint64(rule.mask)) == np.uint64(rule.value)
             hit &= undecided
-            result[hit] = rule.kind
+            np.copyto(result, np.uint8(rule.kind), where=hit)
             undecided ^= hit
+            if not undecided.any():
+                break
         swap = result == EntryClass.SWAP
         if swap.any():
             types = values[swap] >> np.uint64(self.levels[level].swap_type_shift) & np.uint64(31)
@@ -291,7 +293,8 @@ class Paging:
         result = np.full(values.shape, int(ALL_PERMISSIONS), np.uint8)
         for rule in rules:
             denied = (values & np.uint64(rule.mask)) != np.uint64(rule.value)
-            result[denied] &= np.uint8(ALL_PERMISSIONS & ~rule.permission)
+            rest = np.uint8(ALL_PERMISSIONS & ~rule.permission)
+            np.bitwise_and(result, rest, out=result, where=denied)
         return result
 
     def leaf_bytes(self, values: EntryArray, level: int) -> npt.NDArray[np.uint64]:
