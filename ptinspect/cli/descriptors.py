@@ -27,12 +27,14 @@ from ptinspect.reached import census_missing, scan_missing
 from ptinspect.state.fields import describe_ptdesc
 from ptinspect.target import open_target
 
+_LEVEL = click.Choice(["PTE", "PMD", "PUD", "P4D", "PGD"], case_sensitive=False)
+
 
 @click.command("list")
 @target_options
 @click.option("--node", type=int, metavar="N", help="Only descriptors of this NUMA node.")
 @click.option("--order", type=int, metavar="N", help="Only tables of this allocation order.")
-@click.option("--level", metavar="LEVEL", help="Only tables of this level, where it is known.")
+@click.option("--level", type=_LEVEL, help="Only tables of this level, where it is known.")
 @click.option("--flag", "flags", multiple=True, metavar="PG_NAME", help="Only with this flag set.")
 @click.option(
     "--where",
@@ -106,13 +108,16 @@ def list_command(
 def _column_names(text: str | None, default: Sequence[str]) -> Sequence[str]:
     if text is None:
         return default
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--columns names no column")
+    return names
 
 
 @click.command("show")
 @target_options
 @click.argument("address", metavar="ADDR")
-@click.option("--level", metavar="LEVEL", help="Decode it as a table of this level.")
+@click.option("--level", type=_LEVEL, help="Decode it as a table of this level.")
 @click.option(
     "--entries",
     type=click.IntRange(min=0),

@@ -60,8 +60,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         status = cli.main(args=arguments, prog_name="ptinspect", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        if isinstance(error, _NO_ARGUMENTS):
+            error.show()
+            return error.exit_code
+        return _fail(_usage_message(error), error.exit_code)
     except click.exceptions.Abort:
         return _fail("interrupted", 128 + 2)
     except (PtinspectError, FaultError, ObjectNotFoundError) as error:
@@ -71,6 +73,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.OK
     return int(status or 0)
+
+
+#: What click raises for a group without a command, where it does not just print the help (8.2).
+_NO_ARGUMENTS: tuple[type[Exception], ...] = tuple(
+    getattr(click.exceptions, name)
+    for name in ("NoArgsIsHelpError",)
+    if hasattr(click.exceptions, name)
+)
+
+
+def _usage_message(error: click.ClickException) -> str:
+    """Say in one line what was wrong, in which command, and where to read more."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    path = context.command_path if context is not None else "ptinspect"
+    where = path.removeprefix("ptinspect").lstrip()
+    return f"{where}: {message} ({path} --help)" if where else f"{message} ({path} --help)"
 
 
 def _fail(message: str, status: int) -> int:
