@@ -1,0 +1,185 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Run the invariants on one census; on a target that runs, look again at what they suspect."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Callable
+
+from drgn import FaultError, Program
+
+from ptinspect.census import Census, take_census
+from ptinspect.checks.context import Context
+from ptinspect.checks.model import (
+    Finding,
+    Invariant,
+    NotApplicableError,
+    Result,
+    Severity,
+    Tally,
+    Verdict,
+)
+from ptinspect.checks.registry import select
+from ptinspect.errors import PtinspectError
+from ptinspect.reached import census_missing
+
+#: Findings of one invariant that are kept.
+MOST_FINDINGS = 1000
+
+#: How often a target that runs is looked at again, and seconds before each time.
+ROUNDS = 2
+_PAUSE = 0.2
+
+#: Called before each invariant with (how many are done, how many there are).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CheckResults:
+    """What all invariants gave."""
+
+    results: tuple[Result, ...]
+    #: What the census could not see, in sentences.
+    missing: tuple[str, ...]
+    #: Seconds that each invariant took, in the order of the results.
+    seconds: tuple[float, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings, the worst first."""
+        every = [finding for result in self.results for finding in result.findings]
+        return tuple(sorted(every, key=lambda finding: -finding.severity))
+
+    def worst(self) -> Severity | None:
+        """Get the highest severity of any finding."""
+        return max((finding.severity for finding in self.findings), default=None)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether something could not be seen, or an invariant failed."""
+        unseen = (Verdict.INCOMPLETE, Verdict.FAILED)
+        return bool(self.missing) or any(
+            result.missing or result.verdict in unseen for result in self.results
+        )
+
+
+def run_checks(
+    prog: Program,
+    *,
+    census: Census | None = None,
+    only: Iterable[str] = (),
+    skip: Iterable[str] = (),
+    racing: bool = False,
+    progress: Progress | None = None,
+) -> CheckResults:
+    """
+    Check the invariants of a target.
+
+    :param census: One that was taken already.
+    :param only: Ids or families to run; all if empty.
+    :param skip: Ids or families to leave out.
+    :param racing: Whether the target runs: then what is suspected is looked at again on fresh
+        censuses, and only what persists with the same evidence is a finding.
+    :raises PtinspectError: if the target's memory map or paging is not supported
+    """
+    chosen = select(only, skip)
+    if census is None:
+        census = take_census(prog)
+    results, seconds = _run(Context(prog, census), chosen, progress)
+    if racing:
+        for _ in range(ROUNDS):
+            results = _confirm(prog, results)
+    return CheckResults(tuple(results), tuple(census_missing(census)), tuple(seconds))
+
+
+def _run(
+    context: Context, chosen: Sequence[Invariant], progress: Progress | None
+) -> tuple[list[Result], list[float]]:
+    results, seconds = [], []
+    for done, one in enumerate(chosen):
+        if progress is not None:
+            progress(done, len(chosen))
+        start = time.perf_counter()
+        results.append(_run_one(context, one))
+        seconds.append(time.perf_counter() - start)
+    return results, seconds
+
+
+def _run_one(context: Context, one: Invariant) -> Result:
+    tally = Tally()
+    findings: list[Finding] = []
+    truncated = False
+    failure = ""
+    try:
+        for finding in one.check(context, tally):
+            if len(findings) == MOST_FINDINGS:
+                truncated = True
+                break
+            findings.append(replace(finding, invariant=one.id, severity=one.severity))
+    except NotApplicableError as error:
+        return Result(one, Verdict.NOT_APPLICABLE, 0, reason=str(error))
+    except FaultError as error:
+        tally.miss(f"memory cannot be read: {error}")
+    except PtinspectError as error:
+        tally.miss(str(error))
+    except Exception as error:  # one invariant must not take the others down
+        failure = _where(error)
+    common = Result(
+        one,
+        Verdict.PASS,
+        tally.examined,
+        tuple(findings),
+        truncated,
+        failure,
+        tuple(tally.missing),
+        tuple(tally.set_aside.items()),
+    )
+    return replace(common, **_verdict(common))
+
+
+def _verdict(result: Result) -> dict[str, object]:
+    if result.findings:
+        return {"verdict": Verdict.FINDINGS}
+    if result.reason:
+        return {"verdict": Verdict.FAILED}
+    if result.missing:
+        return {"verdict": Verdict.INCOMPLETE}
+    if not result.examined:
+        reason = "this target has nothing of the kind"
+        return {"verdict": Verdict.NOT_APPLICABLE, "reason": reason}
+    return {}
+
+
+def _where(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _confirm(prog: Program, results: list[Result]) -> list[Result]:
+    """Run the invariants that found something again; keep what they find again."""
+    suspects = [result.invariant for result in results if result.findings]
+    if not suspects:
+        return results
+    time.sleep(_PAUSE)
+    again, _ = _run(Context(prog, take_census(prog)), suspects, None)
+    seen = {result.invariant.id: result for result in again}
+    return [
+        _kept(result, seen[result.invariant.id]) if result.findings else result
+        for result in results
+    ]
+
+
+def _kept(result: Result, again: Result) -> Result:
+    second = set(again.findings)
+    # A round that could not finish says nothing about what it did not find.
+    if again.verdict is Verdict.FAILED or again.truncated:
+        return result
+    kept = tuple(finding for finding in result.findings if finding in second)
+    gone = len(result.findings) - len(kept)
+    result = replace(result, findings=kept, vanished=result.vanished + gone)
+    return result if kept else replace(result, verdict=Verdict.PASS, **_verdict(result))
