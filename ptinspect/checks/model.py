@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Callable, Union
+from typing import TYPE_CHECKING, Callable, SupportsInt, Union
 
 if TYPE_CHECKING:
     from ptinspect.checks.context import Context
@@ -74,7 +74,7 @@ class Tally:
         self.missing: list[str] = []
         self.set_aside: dict[str, int] = {}
 
-    def examine(self, count: int) -> None:
+    def examine(self, count: SupportsInt) -> None:
         """Count objects that were looked at."""
         self.examined += int(count)
 

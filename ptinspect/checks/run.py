@@ -138,20 +138,21 @@ def _run_one(context: Context, one: Invariant) -> Result:
         tuple(tally.missing),
         tuple(tally.set_aside.items()),
     )
-    return replace(common, **_verdict(common))
+    return _judged(common)
 
 
-def _verdict(result: Result) -> dict[str, object]:
+def _judged(result: Result) -> Result:
+    """Fill in the verdict that the rest of a result deserves."""
     if result.findings:
-        return {"verdict": Verdict.FINDINGS}
+        return replace(result, verdict=Verdict.FINDINGS)
     if result.reason:
-        return {"verdict": Verdict.FAILED}
+        return replace(result, verdict=Verdict.FAILED)
     if result.missing:
-        return {"verdict": Verdict.INCOMPLETE}
+        return replace(result, verdict=Verdict.INCOMPLETE)
     if not result.examined:
         reason = "this target has nothing of the kind"
-        return {"verdict": Verdict.NOT_APPLICABLE, "reason": reason}
-    return {}
+        return replace(result, verdict=Verdict.NOT_APPLICABLE, reason=reason)
+    return replace(result, verdict=Verdict.PASS)
 
 
 def _where(error: Exception) -> str:
@@ -181,5 +182,4 @@ def _kept(result: Result, again: Result) -> Result:
         return result
     kept = tuple(finding for finding in result.findings if finding in second)
     gone = len(result.findings) - len(kept)
-    result = replace(result, findings=kept, vanished=result.vanished + gone)
-    return result if kept else replace(result, verdict=Verdict.PASS, **_verdict(result))
+    return _judged(replace(result, findings=kept, vanished=result.vanished + gone))

@@ -1,0 +1,158 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+All leaf entries, looked at once for every invariant that asks about them.
+
+Tables of the lowest level are nearly all there are, so they are read a second time but once only:
+each question is asked of whole batches of entries, and only what answers yes is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ptinspect.kernel.paging.model import EntryClass
+from ptinspect.memory import BoolArray
+from ptinspect.tables.entries import Entries, filled_entries
+
+if TYPE_CHECKING:
+    from ptinspect.checks.context import Context
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Filled entries of some tables of one level; arrays of the same length."""
+
+    context: Context
+    level: int
+    #: int64, rows of the census.
+    row: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int64]
+    #: uint64, values.
+    value: npt.NDArray[np.uint64]
+    #: uint8, :class:`EntryClass`, corrected for kernel spaces.
+    kind: npt.NDArray[np.uint8]
+
+    @property
+    def space(self) -> npt.NDArray[np.uint32]:
+        """Space of each entry."""
+        return self.context.tables.space[self.row]
+
+    @property
+    def va(self) -> npt.NDArray[np.uint64]:
+        """Virtual address of each entry."""
+        shift = np.uint64(self.context.paging.levels[self.level].shift)
+        base = self.context.tables.va[self.row]
+        return self.context.paging.canonical(base + (self.slot.astype(np.uint64) << shift))
+
+    def take(self, where: BoolArray) -> Batch:
+        """Get some of the entries."""
+        return Batch(
+            self.context,
+            self.level,
+            self.row[where],
+            self.slot[where],
+            self.value[where],
+            self.kind[where],
+        )
+
+
+#: Tells of a batch how many entries the question is about, and which are suspect.
+Question = Callable[[Batch], "tuple[int, BoolArray]"]
+
+#: Suspects of one question that are kept.
+_MOST = 10_000
+
+QUESTIONS: dict[str, Question] = {}
+
+
+def question(name: str) -> Callable[[Question], Question]:
+    """Enter a question that is asked of every filled entry above and at the lowest level."""
+
+    def enter(function: Question) -> Question:
+        QUESTIONS[name] = function
+        return function
+
+    return enter
+
+
+@dataclass
+class Answer:
+    """The suspects of one question."""
+
+    asked: int = 0
+    suspects: list[Batch] | None = None
+    count: int = 0
+    #: Why there is no answer.
+    error: Exception | None = None
+
+
+class LeafPass:
+    """
+    One pass over all entries.
+
+    A question that fails spoils its own answer only; whoever asks for it gets the error.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._answers: dict[str, Answer] = {}
+        self._done = False
+
+    def suspects(self, name: str) -> tuple[int, list[Batch]]:
+        """
+        Get how many entries were looked at, and which are suspect.
+
+        :raises Exception: what the question raised
+        """
+        if not self._done:
+            self._run()
+        answer = self._answers[name]
+        if answer.error is not None:
+            raise answer.error
+        return answer.asked, answer.suspects or []
+
+    def _run(self) -> None:
+        self._done = True
+        self._answers = {name: Answer(suspects=[]) for name in QUESTIONS}
+        context = self._context
+        kernel = np.array([space.kernel for space in context.tables.spaces], np.bool_)
+        for level in range(len(context.paging.levels) - 1, 0, -1):
+            self._ask(self._batch(level, context.upper[level], kernel))
+        for rows, raw in context.read_tables(0):
+            found = filled_entries(context.paging, raw, 0)
+            entries = Entries(rows[found.row], found.slot, found.value, found.kind)
+            self._ask(self._batch(0, entries, kernel))
+
+    def _batch(self, level: int, entries: Entries, kernel: BoolArray) -> Batch:
+        context = self._context
+        row, slot, value, kind = entries
+        of_kernel = kernel[context.tables.space[row]]
+        if of_kernel.any():
+            corrected = context.paging.kernel_kinds(kind, value, level)
+            kind = np.where(of_kernel, corrected, kind)
+        # An erratum of x86 sets bits in empty entries.
+        batch = Batch(context, level, row, slot, value, kind)
+        return batch.take(kind != EntryClass.NONE)
+
+    def _ask(self, batch: Batch) -> None:
+        if not len(batch.row):
+            return
+        for name, ask in QUESTIONS.items():
+            answer = self._answers[name]
+            if answer.error is not None or answer.count >= _MOST:
+                continue
+            try:
+                asked, hit = ask(batch)
+            except Exception as error:  # kept for whoever asked
+                answer.error = error
+                continue
+            answer.asked += asked
+            if hit.any():
+                assert answer.suspects is not None
+                answer.suspects.append(batch.take(hit))
+                answer.count += int(np.count_nonzero(hit))
