@@ -242,7 +242,7 @@ class Context:
         if self.census.scan.descriptors.dtype["ptl"].kind != "u":
             return False
         member = ptdesc_type(self.prog).member(native_member_name(self.prog, "ptl"))
-        return member.type.unaliased_kind() != TypeKind.POINTER
+        return bool(member.type.unaliased_kind() != TypeKind.POINTER)
 
     def _locked_areas(self, space: int) -> bool:
         """Whether a page fault or the like holds one area alone (since 6.4)."""

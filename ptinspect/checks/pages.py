@@ -11,7 +11,7 @@ import numpy.typing as npt
 from drgn import Program
 
 from ptinspect.kernel.descriptor import flags_bit, page_type_test, ptdesc_dtype
-from ptinspect.memory import BoolArray, read_blocks
+from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.tables.memmap import Memmap
 
 #: PG_buddy of the kernels whose page types are macros (include/linux/page-flags.h, up to 6.10).
@@ -59,6 +59,10 @@ class PageReader:
         self._memmap = Memmap(prog)
         self._dtype = ptdesc_dtype(prog)
         self._names = _type_names(prog)
+
+    def pfns(self, addresses: AddressArray) -> tuple[npt.NDArray[np.uint64], BoolArray]:
+        """Get the page frames of addresses that may be struct pages, and whether they are."""
+        return self._memmap.pfns(addresses)
 
     def read(self, pfns: npt.NDArray[np.uint64]) -> Pages:
         """

@@ -168,6 +168,15 @@ def _confirm(prog: Program, results: list[Result]) -> list[Result]:
         return results
     time.sleep(_PAUSE)
     again, _ = _run(Context(prog, take_census(prog)), suspects, None)
+    return _intersect(results, again)
+
+
+def persisting(results: CheckResults, again: CheckResults) -> CheckResults:
+    """Keep the findings that a second look at the same target gave too, unchanged."""
+    return replace(results, results=tuple(_intersect(results.results, again.results)))
+
+
+def _intersect(results: Sequence[Result], again: Sequence[Result]) -> list[Result]:
     seen = {result.invariant.id: result for result in again}
     return [
         _kept(result, seen[result.invariant.id]) if result.findings else result
@@ -176,10 +185,10 @@ def _confirm(prog: Program, results: list[Result]) -> list[Result]:
 
 
 def _kept(result: Result, again: Result) -> Result:
-    second = set(again.findings)
     # A round that could not finish says nothing about what it did not find.
     if again.verdict is Verdict.FAILED or again.truncated:
         return result
+    second = set(again.findings)
     kept = tuple(finding for finding in result.findings if finding in second)
     gone = len(result.findings) - len(kept)
     return _judged(replace(result, findings=kept, vanished=result.vanished + gone))

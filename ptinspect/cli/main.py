@@ -12,7 +12,16 @@ import click
 from drgn import FaultError, ObjectNotFoundError
 
 from ptinspect import __version__
-from ptinspect.cli import deposits, descriptors, layout, processes, shell, summary, translate
+from ptinspect.cli import (
+    check,
+    deposits,
+    descriptors,
+    layout,
+    processes,
+    shell,
+    summary,
+    translate,
+)
 from ptinspect.cli.target_options import target_options
 from ptinspect.errors import ExitStatus, PtinspectError, explain
 from ptinspect.faces.escape import escape
@@ -44,6 +53,7 @@ for _command in (
     translate.owner_command,
     processes.command,
     deposits.command,
+    check.command,
     shell.command,
 ):
     cli.add_command(_command)
