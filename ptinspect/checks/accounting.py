@@ -10,11 +10,12 @@ import numpy as np
 
 from ptinspect.census import Holder
 from ptinspect.checks.context import Context
-from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
+from ptinspect.checks.model import Finding, Severity, Tally
 from ptinspect.checks.registry import invariant
 from ptinspect.reached import census_missing
 from ptinspect.tables.counters import read_nr_pagetable
 from ptinspect.tables.scan import counted_pages
+from ptinspect.tables.usage import space_usage
 
 
 @invariant(
@@ -67,8 +68,6 @@ def typed_reachability(context: Context, tally: Tally) -> Iterator[Finding]:
     Nothing will ever free the others.
     """
     census = context.census
-    if not hasattr(census.stories, "deposits"):
-        raise NotApplicableError("deposits are not read yet")
     missing = census_missing(census)
     if missing:
         tally.miss(f"not everything that may hold a table was seen: {missing[0]}")
@@ -76,3 +75,49 @@ def typed_reachability(context: Context, tally: Tally) -> Iterator[Finding]:
     tally.examine(len(census.scan.pfns))
     for index in np.flatnonzero(census.holder == Holder.UNEXPLAINED).tolist():
         yield context.descriptor_finding(index, "nothing holds this table")
+
+
+@invariant(
+    "mm-pgtables-bytes",
+    severity=Severity.ACCOUNTING,
+    applies="every mm but init_mm and efi_mm",
+    source="mm_inc_nr_ptes() and its like (include/linux/mm.h); check_mm() (kernel/fork.c)",
+    false_positives="a fault, fork or exit that has linked a table and not counted it yet",
+    breaks="a table freed without being uncounted, or linked by hand",
+)
+def mm_pgtables_bytes(context: Context, tally: Tally) -> Iterator[Finding]:
+    """
+    An mm has counted the bytes of the PTE, PMD and PUD tables that it has, deposited ones too.
+
+    The count decides whom the OOM killer takes, and a rest at exit is a table that leaked.
+    """
+    usage = space_usage(context.tables)
+    deposits = context.census.stories.deposits
+    spare = np.zeros(len(context.tables.spaces), np.int64)
+    unsure = set()
+    for ring in deposits.rings:
+        if ring.problem is None:
+            spare[ring.space] += len(ring.tables) * context.paging.levels[0].table_bytes
+        else:
+            unsure.add(ring.space)
+    for number in np.flatnonzero(context.user_space).tolist():
+        space = context.tables.spaces[number]
+        assert space.mm is not None
+        if not usage.complete[number] or number in unsure:
+            tally.miss(f"not all tables of {space.name} could be seen")
+            continue
+        tally.examine(1)
+        expected = int(usage.accounted_bytes[number] + spare[number])
+        if expected == space.mm.pgtables_bytes:
+            continue
+        busy = context.busy(number)
+        if busy:
+            tally.leave(busy)
+            continue
+        yield context.mm_finding(
+            number,
+            f"pgtables_bytes is {space.mm.pgtables_bytes}, but there are {expected} bytes",
+            pgtables_bytes=space.mm.pgtables_bytes,
+            walked_bytes=int(usage.accounted_bytes[number]),
+            deposited_bytes=int(spare[number]),
+        )
