@@ -22,10 +22,11 @@ from drgn import FaultError, Program
 from ptinspect.errors import PtinspectError
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
 from ptinspect.memory import BoolArray
+from ptinspect.state.pending import Way
 from ptinspect.state.stories import Holding, Stories
 from ptinspect.tables.lookup import TableOwner, table_owners
 from ptinspect.tables.physical import physical_ranges
-from ptinspect.tables.scan import MemmapScan, scan_memmap
+from ptinspect.tables.scan import MemmapScan, descriptor_indices, scan_memmap
 from ptinspect.tables.scan import Progress as ScanProgress
 from ptinspect.tables.spaces import Space, SpaceList, find_spaces
 from ptinspect.tables.walk import Progress, RowState, Tables, Visitor, walk_spaces
@@ -58,6 +59,9 @@ class Holder(IntEnum):
 #: Stories that account for tables that no tree reaches, in the order in which they are asked.
 _HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = (
     (Holder.DEPOSIT, lambda stories: stories.deposits),
+    (Holder.RCU, lambda stories: stories.pending.held(Way.RCU)),
+    (Holder.GATHER, lambda stories: stories.pending.held(Way.GATHER)),
+    (Holder.FREE_LIST, lambda stories: stories.pending.held(Way.KERNEL_WORK)),
 )
 
 
@@ -121,7 +125,7 @@ class Census:
 
     def index_of_pfn(self, pfn: int) -> int | None:
         """Get the descriptor that covers a page, if it is typed."""
-        index = _descriptors_of(self.scan, np.array([pfn], np.uint64))[0]
+        index = descriptor_indices(self.scan, np.array([pfn], np.uint64))[0]
         return None if index < 0 else int(index)
 
     def rows_of(self, index: int) -> npt.NDArray[np.int32]:
@@ -188,7 +192,7 @@ class Census:
         :param pfns: uint64; pages that are not typed are passed over.
         :return: The descriptors that this explains for the first time.
         """
-        index = _descriptors_of(self.scan, pfns).astype(np.intp)
+        index = descriptor_indices(self.scan, pfns).astype(np.intp)
         index = np.unique(index[index >= 0])
         new: npt.NDArray[np.intp] = index[self.holder[index] == Holder.UNEXPLAINED]
         self.holder[new] = holder
@@ -240,23 +244,10 @@ def distinct_tables(tables: Tables) -> BoolArray:
     return there
 
 
-def _descriptors_of(scan: MemmapScan, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
-    """Get the index of the descriptor that covers each page, or -1."""
-    result = np.full(len(pfns), -1, np.int32)
-    if not len(scan.pfns):
-        return result
-    place = np.searchsorted(scan.pfns, pfns, side="right") - 1
-    head = np.maximum(place, 0)
-    pages = np.left_shift(np.uint64(1), scan.orders[head].astype(np.uint64))
-    covered = (place >= 0) & (pfns - scan.pfns[head] < pages)
-    result[covered] = place[covered]
-    return result
-
-
 def join(prog: Program, spaces: SpaceList, tables: Tables, scan: MemmapScan) -> Census:
     """Join the pages that are typed with the tables that are reached."""
     page_bytes = np.uint64(tables.paging.page_bytes)
-    descriptor = _descriptors_of(scan, tables.address // page_bytes)
+    descriptor = descriptor_indices(scan, tables.address // page_bytes)
     # Rows that did not lead to a table (a cycle, outside memory) do not hold anything.
     descriptor[(tables.state == RowState.CYCLE) | (tables.state == RowState.OUTSIDE)] = -1
     known = np.flatnonzero(descriptor >= 0)

@@ -17,6 +17,7 @@ from drgn import Program
 from ptinspect.memory import AddressArray
 from ptinspect.state.deposits import Deposits, read_deposits
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
+from ptinspect.state.pending import Pending, read_pending
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import Tables
 
@@ -54,3 +55,8 @@ class Stories:
     def deposits(self) -> Deposits:
         """The spare tables of huge pages."""
         return read_deposits(self.prog, self.tables, self.pmd_tables)
+
+    @cached_property
+    def pending(self) -> Pending:
+        """Tables that wait to be freed."""
+        return read_pending(self.prog, self.tables, self.scan)

@@ -206,6 +206,23 @@ class _TypeMatcher:
         return np.flatnonzero((words & self._mask) == self._match)
 
 
+def descriptor_indices(scan: MemmapScan, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    """
+    Get the index of the descriptor that covers each page, or -1 if it is not typed.
+
+    :param pfns: uint64, shape (n,); the tails of a compound page are covered by its head.
+    """
+    result = np.full(len(pfns), -1, np.int32)
+    if not len(scan.pfns):
+        return result
+    place = np.searchsorted(scan.pfns, pfns, side="right") - 1
+    head = np.maximum(place, 0)
+    pages = np.left_shift(np.uint64(1), scan.orders[head].astype(np.uint64))
+    covered = (place >= 0) & (pfns - scan.pfns[head] < pages)
+    result[covered] = place[covered]
+    return result
+
+
 def compound_orders(
     prog: Program, addresses: AddressArray, descriptors: npt.NDArray[np.void]
 ) -> tuple[npt.NDArray[np.uint8], BoolArray]:
