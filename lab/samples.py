@@ -25,6 +25,7 @@ from lab.errors import LabError
 from lab.guest import Guest
 from lab.initramfs import workload_initramfs
 from lab.kernels import RECIPES, Kernel, build_kernel, fragment_text
+from lab.moment import wait_for_moment
 from lab.run import REPOSITORY, cache, made_whole, run, say, tool
 from lab.shrink import Shrunk, shrink, verify
 from lab.truth import parse_report
@@ -49,6 +50,8 @@ class Sample:
     smp: str = "2"
     kernel: str = ""  #: the small kernel, if it is not called as the sample is
     memory: int = 128  #: MiB
+    #: Dumped at a moment while the workload keeps running (lab/moment.py), not at rest.
+    moving: bool = False
 
 
 #: x86 without ACPI: where fw_cfg is has to be said, and the MP table wants two sockets.
@@ -57,6 +60,12 @@ _X86_APPEND = "qemu_fw_cfg.ioport=12@0x510:0:1:4 init_on_free=1 lab_hugepages=4"
 
 SAMPLES: dict[str, Sample] = {
     "x86_64-7.3": Sample(f"{_X86_APPEND} numa=fake=2", _X86_SMP),
+    "x86_64-7.3-load": Sample(
+        f"{_X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=400",
+        _X86_SMP,
+        kernel="x86_64-7.3",
+        moving=True,
+    ),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
     "s390x-6.12": Sample("init_on_free=1"),
     "arm64-7.3": Sample("init_on_free=1 lab_hugepages=4", kernel="aarch64-7.3"),
@@ -96,6 +105,17 @@ def compress(path: Path, into: Path) -> None:
         unfinished.write_bytes(lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME))
 
 
+def _add_debug_file(name: str, debug: Path, packed: Path) -> None:
+    """Pack a debug file, or link to that of the sample that bears the kernel's name."""
+    other = VMCORES / kernel_name(name) / packed.name
+    if kernel_name(name) in SAMPLES and kernel_name(name) != name and other.exists():
+        if lzma.decompress(other.read_bytes()) != debug.read_bytes():
+            raise LabError(f"{other} is of another build than this kernel: make that sample first")
+        packed.symlink_to(Path("..") / other.parent.name / other.name)
+        return
+    compress(debug, packed)
+
+
 def system_ram(truth: dict[str, Any]) -> list[tuple[int, int]]:
     """Get the [start, end) ranges that /proc/iomem calls System RAM."""
     return [
@@ -107,7 +127,7 @@ def system_ram(truth: dict[str, Any]) -> list[tuple[int, int]]:
 
 def check_truth(dump: Path, vmlinux: Path, truth: dict[str, Any]) -> dict[str, Any]:
     """
-    Check that a dump shows the state that its kernel reported.
+    Check that a dump shows the state that its kernel reported, or the one seen at its moment.
 
     The typed pages are those that /proc/kpageflags named, NR_PAGETABLE (global and each CPU's part)
     is what /proc/vmstat gave, and the typed pages are as many as NR_PAGETABLE counts.
@@ -119,6 +139,11 @@ def check_truth(dump: Path, vmlinux: Path, truth: dict[str, Any]) -> dict[str, A
     pages = read_pages(program)
     counted = nr_page_table_pages(program)
     typed = count_typed(program, pages)
+    if "moment" in truth:
+        numbers = {"typed": typed, "nr_page_table_pages": counted}
+        if any(truth["moment"][name] != value for name, value in numbers.items()):
+            raise LabError(f"the dump shows {numbers}, not the moment at which it was taken")
+        return numbers
     said = truth["nr_page_table_pages"]
     expected = {"global": said["global"], "remainder": said["per_cpu_remainder"]}
     if counted != {**expected, "exact": said["exact"]}:
@@ -133,6 +158,12 @@ def check_truth(dump: Path, vmlinux: Path, truth: dict[str, Any]) -> dict[str, A
     if typed["pages"] != counted["exact"]:
         raise LabError(f"typed pages are {typed}, but NR_PAGETABLE is {counted['exact']}")
     return {"typed": typed, "nr_page_table_pages": counted}
+
+
+#: What a guest's report says that stays true while its workload keeps running.
+_TRUE_AT_ANY_MOMENT = (
+    *("schema", "kernel", "page_size", "table_span", "cpus", "zones", "iomem", "made", "skipped"),
+)
 
 
 def run_guest(name: str, kernel: Kernel, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -154,6 +185,11 @@ def run_guest(name: str, kernel: Kernel, folder: Path) -> tuple[dict[str, Any], 
         console_log=folder / "console.txt",
     ) as guest:
         guest.wait_for("@@ready", timeout=300)
+        if sample.moving:
+            truth, _ = parse_report(guest.console())
+            moment = wait_for_moment(guest, kernel.vmlinux, folder / "full.elf")
+            kept = {name: truth[name] for name in _TRUE_AT_ANY_MOMENT}
+            return {**kept, "moment": moment}, {}
         guest.stop()
         truth, texts = parse_report(guest.console())
         say("dumping")
@@ -197,7 +233,7 @@ def make_sample(name: str) -> Path:
     with made_whole(VMCORES / name) as unfinished:
         unfinished.mkdir(parents=True)
         compress(small, unfinished / "vmcore.xz")
-        compress(debug, unfinished / "vmlinux.debug.xz")
+        _add_debug_file(name, debug, unfinished / "vmlinux.debug.xz")
         (unfinished / "truth.json").write_text(dump_truth(truth))
         for file, text in texts.items():
             (unfinished / file).write_text(text)
@@ -216,12 +252,11 @@ def _readme(
     ).stdout.splitlines()[0]
     names = {
         process["pid"]: bytes.fromhex(process["comm_hex"]).decode(errors="replace")
-        for process in truth["processes"]
+        for process in truth.get("processes", ())
     }
     states = [f"- `{names.get(made['pid'], '?')!r}`: {made['text']}" for made in truth["made"]]
     skipped = [f"- {note['text']}" for note in truth["skipped"]]
     left_out = [f"| {why} | {count} |" for why, count in shrunk.left_out.items()]
-    said = truth["nr_page_table_pages"]
     edits = [f"- `{edit.path}`: `{edit.old}` became `{edit.new}`" for edit in recipe.edits]
     return "\n".join(
         [
@@ -235,16 +270,9 @@ def _readme(
             "|---|---|",
             "| `vmcore.xz` | the dump: ELF, as QEMU's `dump-guest-memory` writes it, made small |",
             "| `vmlinux.debug.xz` | the kernel's types, variables and symbols (no source lines) |",
-            "| `truth.json` | what the guest's own kernel said in the state that was dumped |",
-            "| `*.txt` | the kernel's own dump of its page tables (debugfs) |",
-            "",
-            "## Numbers",
-            "",
-            f"- NR_PAGETABLE {said['exact']} = {said['global']} (global) + "
-            f"{said['per_cpu_remainder']} (not yet added by the CPUs)",
+            *_readme_truth(truth),
             f"- descriptors with the page-table type: {compared['typed']['heads']}, "
             f"of {compared['typed']['pages']} pages",
-            f"- `/proc/kpageflags` calls {truth['kpageflags_pgtable']['count']} pages page tables",
             f"- {compared['translations']} translations compared between the full and the small "
             f"dump, {compared['translations_mapped']} of present pages: all the same",
             "",
@@ -283,6 +311,42 @@ def _readme(
             "",
         ]
     )
+
+
+def _readme_truth(truth: dict[str, Any]) -> list[str]:
+    """Write what truth.json is, and its numbers."""
+    if "moment" in truth:
+        counted = truth["moment"]["nr_page_table_pages"]
+        said = {**counted, "per_cpu_remainder": counted["remainder"]}
+        rcu = truth["moment"]["rcu"]
+        files = [
+            "| `truth.json` | what the full dump shows of frees under way (lab/moment.py), and "
+            "what the guest's kernel said before that stays true |",
+        ]
+        more = [
+            f"- tables in batches that wait for RCU: {sum(each['tables'] for each in rcu)}",
+            *(
+                f"- CPU {each['cpu']} was in `{'`, `'.join(each['frames'])}`"
+                for each in truth["moment"]["cpus"]
+            ),
+        ]
+    else:
+        said = truth["nr_page_table_pages"]
+        files = [
+            "| `truth.json` | what the guest's own kernel said in the state that was dumped |",
+            "| `*.txt` | the kernel's own dump of its page tables (debugfs) |",
+        ]
+        count = truth["kpageflags_pgtable"]["count"]
+        more = [f"- `/proc/kpageflags` calls {count} pages page tables"]
+    return [
+        *files,
+        "",
+        "## Numbers",
+        "",
+        f"- NR_PAGETABLE {said['exact']} = {said['global']} (global) + "
+        f"{said['per_cpu_remainder']} (not yet added by the CPUs)",
+        *more,
+    ]
 
 
 def list_samples() -> list[str]:

@@ -17,6 +17,7 @@ from ptinspect.cli import (
     deposits,
     descriptors,
     layout,
+    pending,
     processes,
     shell,
     summary,
@@ -54,6 +55,7 @@ for _command in (
     processes.command,
     deposits.command,
     check.command,
+    pending.command,
     shell.command,
 ):
     cli.add_command(_command)

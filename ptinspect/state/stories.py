@@ -16,8 +16,8 @@ from drgn import Program
 
 from ptinspect.memory import AddressArray
 from ptinspect.state.deposits import Deposits, read_deposits
-from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.state.pending import Pending, read_pending
+from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import Tables
 

@@ -1,0 +1,105 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+A moment of a guest under load: stopped again and again until page tables are being freed.
+
+What is said of the moment is read from the dump with plain drgn: the callbacks that wait for RCU,
+and what each CPU is doing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import drgn
+from drgn.helpers.linux.cpumask import for_each_online_cpu, for_each_possible_cpu
+from drgn.helpers.linux.percpu import per_cpu
+from drgn.helpers.linux.sched import cpu_curr
+
+from lab.dump import count_typed, nr_page_table_pages, open_dump, read_pages
+from lab.errors import LabError
+from lab.guest import Guest
+from lab.run import say
+
+#: Stops after which the guest is given up.
+_MOST_STOPS = 400
+
+_BATCH_FUNCTION = "tlb_remove_table_rcu"
+
+#: Functions that gather the tables of an address space (mm/memory.c).
+_GATHERING = ("free_pgtables", "free_pgd_range")
+
+
+def callbacks(program: drgn.Program) -> list[dict[str, Any]]:
+    """Tell which callbacks each CPU has on its list, and how many tables their batches hold."""
+    rcu = []
+    for cpu in for_each_possible_cpu(program):
+        segments = per_cpu(program["rcu_data"], cpu).cblist
+        functions: Counter[str] = Counter()
+        tables = 0
+        head = segments.head
+        while head:
+            name = program.symbol(head.func.value_()).name
+            functions[name] += 1
+            if name == _BATCH_FUNCTION:
+                tables += drgn.container_of(head, "struct mmu_table_batch", "rcu").nr.value_()
+            head = head.next.read_()
+        length = segments.len
+        if length.type_.kind != drgn.TypeKind.INT:
+            length = getattr(length, "counter", length)
+        rcu.append(
+            {
+                "cpu": cpu,
+                "len": int(length),
+                "functions": dict(sorted(functions.items())),
+                "tables": tables,
+            }
+        )
+    return rcu
+
+
+def running(dump: Path, vmlinux: Path) -> list[dict[str, Any]]:
+    """
+    Tell what each CPU was doing: its task and the functions on its stack.
+
+    The registers are in the dump's notes, which drgn reads on x86_64 and aarch64 only.
+    """
+    program = drgn.Program()
+    program.set_core_dump(dump)
+    program.load_debug_info([vmlinux])
+    cpus = []
+    for cpu in for_each_online_cpu(program):
+        task = cpu_curr(program, cpu)
+        frames = [frame.name for frame in program.stack_trace(task)]
+        cpus.append({"cpu": cpu, "pid": int(task.pid), "frames": frames})
+    return cpus
+
+
+def wait_for_moment(guest: Guest, vmlinux: Path, into: Path) -> dict[str, Any]:
+    """
+    Stop a guest when a CPU gathers tables while others wait for RCU, and dump it.
+
+    The guest stays stopped.
+
+    :return: what the dump shows
+    :raises LabError: if no stop of many met it
+    """
+    for stops in range(1, _MOST_STOPS + 1):
+        time.sleep(random.uniform(0.05, 0.5))
+        guest.stop()
+        guest.dump(into)
+        program = open_dump(into, vmlinux)
+        rcu, cpus = callbacks(program), running(into, vmlinux)
+        waiting = sum(each["functions"].get(_BATCH_FUNCTION, 0) for each in rcu)
+        gathering = any(set(each["frames"]) & set(_GATHERING) for each in cpus)
+        counted = nr_page_table_pages(program)
+        typed = count_typed(program, read_pages(program))
+        if waiting and gathering and typed["pages"] == counted["exact"]:
+            say(f"stop {stops}: {waiting} batches wait, and tables are being gathered")
+            return {"rcu": rcu, "cpus": cpus, "typed": typed, "nr_page_table_pages": counted}
+        guest.cont()
+    raise LabError(f"in {_MOST_STOPS} stops no tables were gathered while others waited")
