@@ -26,12 +26,12 @@ from lab.guest import Guest
 from lab.run import say
 
 #: Stops after which the guest is given up.
-_MOST_STOPS = 400
+_MOST_STOPS = 1000
 
 _BATCH_FUNCTION = "tlb_remove_table_rcu"
 
 #: Functions that gather the tables of an address space (mm/memory.c).
-_GATHERING = ("free_pgtables", "free_pgd_range")
+_GATHERING = ("free_pgd_range", "free_p4d_range", "free_pud_range", "free_pmd_range")
 
 
 def callbacks(program: drgn.Program) -> list[dict[str, Any]]:

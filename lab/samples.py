@@ -61,7 +61,7 @@ _X86_APPEND = "qemu_fw_cfg.ioport=12@0x510:0:1:4 init_on_free=1 lab_hugepages=4"
 SAMPLES: dict[str, Sample] = {
     "x86_64-7.3": Sample(f"{_X86_APPEND} numa=fake=2", _X86_SMP),
     "x86_64-7.3-load": Sample(
-        f"{_X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=400",
+        f"{_X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=1200",
         _X86_SMP,
         kernel="x86_64-7.3",
         moving=True,
@@ -325,10 +325,6 @@ def _readme_truth(truth: dict[str, Any]) -> list[str]:
         ]
         more = [
             f"- tables in batches that wait for RCU: {sum(each['tables'] for each in rcu)}",
-            *(
-                f"- CPU {each['cpu']} was in `{'`, `'.join(each['frames'])}`"
-                for each in truth["moment"]["cpus"]
-            ),
         ]
     else:
         said = truth["nr_page_table_pages"]

@@ -211,7 +211,8 @@ class _Reader:
         low = values & np.uint64(mask)
         physical = values - low - self.direct_map
         _, in_memory = self.memmap.pages_of(physical)
-        by_address = ~known & in_memory & (physical & np.uint64(7) == 0)
+        smallest = min(level.table_bytes for level in self.tables.paging.levels)
+        by_address = ~known & in_memory & (physical & np.uint64(smallest - 1) == 0)
         pfns = np.where(by_address, physical >> shift, pfns)
         addresses = np.where(by_address, physical, addresses)
         if self.arch == Architecture.PPC64:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,29 @@ from ptinspect.target import TargetOptions, open_target, sample_names
 
 VMCORES = Path(__file__).parents[2] / "vmcores"
 
+#: A sample of a kernel under load: nothing was at rest, and the report came before.
+MOVING = "-load"
 
-@pytest.fixture(scope="session", params=sample_names())
+
+@pytest.fixture(
+    scope="session", params=[name for name in sample_names() if not name.endswith(MOVING)]
+)
 def sample(request: pytest.FixtureRequest) -> Iterator[Sample]:
-    folder = VMCORES / request.param
+    with opened(request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="session", params=[name for name in sample_names() if name.endswith(MOVING)])
+def moving(request: pytest.FixtureRequest) -> Iterator[Sample]:
+    """A sample that was taken while tables were being freed."""
+    with opened(request.param) as found:
+        yield found
+
+
+@contextmanager
+def opened(name: str) -> Iterator[Sample]:
+    folder = VMCORES / name
     truth = json.loads((folder / "truth.json").read_text())
     texts = {path.name: path.read_text() for path in folder.glob("*page_tables*.txt")}
-    with open_target(TargetOptions(sample=request.param)) as target:
-        yield Sample(request.param, target.prog, truth, scan_memmap(target.prog), texts)
+    with open_target(TargetOptions(sample=name)) as target:
+        yield Sample(name, target.prog, truth, scan_memmap(target.prog), texts)

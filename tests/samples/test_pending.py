@@ -1,0 +1,353 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Tables that wait to be freed: a kernel caught freeing, against plain drgn and RCU's own counters.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+from corrupt import Answer, ask
+from drgn import Architecture, Object, Program, cast, container_of, offsetof
+from drgn.helpers.linux.cpumask import for_each_possible_cpu
+from drgn.helpers.linux.mm import page_to_pfn, pfn_to_page
+from drgn.helpers.linux.percpu import per_cpu
+from opened import Sample
+from overlay import Overlay
+
+from ptinspect.census import Census, Holder, take_census
+from ptinspect.faces.pending import pending_report
+from ptinspect.faces.report import Report
+from ptinspect.kernel.direct_map import physical_to_virtual
+from ptinspect.state.pending import Pending, Way
+from ptinspect.state.rcu import Segment
+from ptinspect.summary import summarise
+
+BATCH_FUNCTION = "tlb_remove_table_rcu"
+SEGMENTS = (Segment.DONE, Segment.WAIT, Segment.NEXT_READY, Segment.NEXT)
+
+
+@pytest.fixture(scope="module")
+def census(moving: Sample) -> Census:
+    return take_census(moving.prog)
+
+
+@pytest.fixture(scope="module")
+def pending(census: Census) -> Pending:
+    return census.stories.pending
+
+
+def report_of(census: Census) -> Report:
+    return pending_report(
+        census.stories.pending,
+        census.paging,
+        census.tables.spaces,
+        "damaged",
+        each_table=False,
+        racing=False,
+    )
+
+
+def damaged(prog: Program) -> Answer:
+    return ask(prog, report_of)
+
+
+def segments(prog: Program) -> Iterator[tuple[int, Object]]:
+    """Each CPU with its ``struct rcu_segcblist``."""
+    for cpu in for_each_possible_cpu(prog):
+        yield cpu, per_cpu(prog["rcu_data"], cpu).cblist
+
+
+def callbacks(prog: Program) -> list[tuple[int, Object]]:
+    """Each callback on a CPU's list, as drgn objects follow it."""
+    found = []
+    for cpu, cblist in segments(prog):
+        head = cblist.head.read_()
+        while head:
+            found.append((cpu, head))
+            head = head.next.read_()
+    return found
+
+
+def batches(prog: Program) -> list[tuple[int, Object]]:
+    return [
+        (cpu, container_of(head, "struct mmu_table_batch", "rcu"))
+        for cpu, head in callbacks(prog)
+        if prog.symbol(head.func.value_()).name == BATCH_FUNCTION
+    ]
+
+
+# A kernel caught freeing --------------------------------------------------------------------------
+
+
+def test_callbacks_are_those_that_plain_drgn_finds(moving: Sample, pending: Pending) -> None:
+    assert pending.rcu is not None
+    listed = [(each.cpu, head) for each in pending.rcu.lists for head in each.heads.tolist()]
+    assert listed == [(cpu, head.value_()) for cpu, head in callbacks(moving.prog)]
+    assert len(listed) > 5
+    for said in moving.truth["moment"]["rcu"]:
+        ours = [each for each in pending.rcu.lists if each.cpu == said["cpu"]]
+        names = Counter(
+            moving.prog.symbol(function).name
+            for each in ours
+            for function in each.functions.tolist()
+        )
+        assert names == said["functions"]
+        unlisted = pending.rcu.unlisted.get(said["cpu"], 0)
+        assert said["len"] == sum(len(each.heads) for each in ours) + unlisted
+
+
+def test_segments_are_as_long_as_rcu_counts_them(moving: Sample, pending: Pending) -> None:
+    """``seglen[]``, which RCU keeps beside ``tails[]``."""
+    assert pending.rcu is not None
+    for cpu, cblist in segments(moving.prog):
+        ours = {each.segment: each for each in pending.rcu.lists if each.cpu == cpu}
+        for number, segment in enumerate(SEGMENTS):
+            each = ours.get(segment)
+            assert cblist.seglen[number] == (0 if each is None else len(each.heads))
+            if each is not None and segment in (Segment.WAIT, Segment.NEXT_READY):
+                assert each.wanted_gp_seq == cblist.gp_seq[number].norm
+
+
+def test_grace_period(moving: Sample, pending: Pending) -> None:
+    assert pending.rcu is not None
+    state = moving.prog["rcu_state"]
+    gp = pending.rcu.grace_period
+    assert gp.gp_seq == state.gp_seq.value_()
+    assert gp.in_progress == bool(state.gp_seq & 3)
+    if gp.in_progress:
+        assert gp.started_ago == (moving.prog["jiffies"] - state.gp_start).value_()
+    for each in pending.rcu.lists:
+        if each.wanted_gp_seq is not None:
+            left = (each.wanted_gp_seq >> 2) - (gp.gp_seq >> 2)
+            assert each.grace_periods_to_go == max(0, left)
+
+
+def test_tables_of_the_batches(moving: Sample, pending: Pending) -> None:
+    """Their entries are descriptors on this kernel; each is typed and counted, and in no tree."""
+    expected = [
+        page_to_pfn(cast("struct page *", batch.tables[n])).value_()
+        for _, batch in batches(moving.prog)
+        for n in range(batch.nr)
+    ]
+    listed = np.array(
+        [f.way is Way.RCU and f.segment is not Segment.INVOKED for f in pending.frees]
+    )
+    assert pending.pfns[listed[pending.free]].tolist() == expected
+    assert len(expected) == sum(each["tables"] for each in moving.truth["moment"]["rcu"])
+    assert len(set(expected)) == len(expected) > 100
+    assert pending.typed[listed[pending.free]].all()
+
+
+def test_the_batch_on_the_stack(moving: Sample, census: Census, pending: Pending) -> None:
+    """A CPU was in free_pgd_range(): its mmu_gather is on the stack of the task that exits."""
+    (busy,) = (
+        each for each in moving.truth["moment"]["cpus"] if "free_pgd_range" in each["frames"]
+    )
+    (number, free), *more = (
+        (n, free) for n, free in enumerate(pending.frees) if free.way is Way.GATHER
+    )
+    assert not more
+    assert free.cpu == busy["cpu"]
+    assert free.task.endswith(f"/{busy['pid']}")
+    tables = pending.free == number
+    assert tables.any()
+    assert not np.isin(pending.addresses[tables], census.tables.address).any()
+    batch = Object(moving.prog, "struct mmu_table_batch *", free.address)
+    assert batch.nr == np.count_nonzero(tables)
+
+
+def test_every_typed_page_is_accounted_for(moving: Sample, census: Census) -> None:
+    """While tables are freed too: what waits is typed and counted until it is freed."""
+    summary = summarise(moving.prog, census.scan)
+    said = moving.truth["moment"]["nr_page_table_pages"]
+    assert summary.counter is not None
+    assert summary.counter.exact_pages == summary.counted_pages == said["exact"]
+    held = {count.holder: count.pages for count in census.holder_counts()}
+    assert held[Holder.RCU] > 100
+    assert held[Holder.GATHER] > 0
+    assert Holder.UNEXPLAINED not in held
+    assert sum(held.values()) == said["exact"]
+    assert census.complete
+
+
+# At rest, and made up -----------------------------------------------------------------------------
+
+
+def test_nothing_waits_at_rest(sample: Sample) -> None:
+    census = take_census(sample.prog, leaf_counts=False)
+    found = census.stories.pending
+    assert found.frees == found.missing == ()
+    assert found.rcu is not None
+    assert found.rcu.lists == ()
+    assert callbacks(sample.prog) == []
+    assert not len(census.unexplained())
+    assert census.complete
+
+
+def entry_of(sample: Sample, pfn: int) -> int:
+    """A table as this kernel's batches name it (see __tlb_remove_table() of each)."""
+    prog = sample.prog
+    assert prog.platform is not None
+    table = physical_to_virtual(prog, pfn * int(prog["PAGE_SIZE"]))
+    if prog.platform.arch == Architecture.PPC64:
+        return table | 1  # PMD_INDEX
+    if prog.platform.arch == Architecture.S390X:
+        return table
+    return int(pfn_to_page(prog, pfn).value_())
+
+
+@contextmanager
+def waiting_batch(sample: Sample, entries: list[int], number: int | None = None) -> Iterator[int]:
+    """A batch on the first CPU's list, made up in a page of the kernel that is zero."""
+    prog = sample.prog
+    overlay = Overlay(prog)
+    assert prog.platform is not None
+    order = "<" if prog.platform.flags & prog.platform.flags.IS_LITTLE_ENDIAN else ">"
+    batch = zero_page(prog)
+    base = prog.type("struct mmu_table_batch")
+    content = bytearray(int(prog["PAGE_SIZE"]))
+    function = prog.symbol(BATCH_FUNCTION).address
+    struct.pack_into(f"{order}QQ", content, offsetof(base, "rcu"), 0, function)
+    count = len(entries) if number is None else number
+    struct.pack_into(f"{order}I", content, offsetof(base, "nr"), count)
+    struct.pack_into(f"{order}{len(entries)}Q", content, offsetof(base, "tables"), *entries)
+    cblist = per_cpu(prog["rcu_data"], 0).cblist
+    first = cblist.head.address_
+    assert first is not None
+    with ExitStack() as stack:
+        for start in range(0, len(content), 4096):
+            stack.enter_context(overlay.bytes_at(batch + start, bytes(content[start:][:4096])))
+        stack.enter_context(overlay.word_at(first, batch))
+        for tail, link in zip(cblist.tails, (first, batch, batch, batch)):
+            assert tail.address_ is not None
+            stack.enter_context(overlay.word_at(tail.address_, link))
+        yield batch
+
+
+def zero_page(prog: Program) -> int:
+    try:
+        page = prog["empty_zero_page"]
+    except LookupError:
+        return int(prog.symbol("empty_zero_page").address)  # x86's, in assembler
+    if page.type_.kind.name == "ARRAY":
+        assert page.address_ is not None
+        return page.address_
+    return int(page.value_())
+
+
+def test_batch_as_each_architecture_names_its_tables(sample: Sample) -> None:
+    pfns = sample.scan.pfns[[1, 3, 4]].tolist()
+    with waiting_batch(sample, [entry_of(sample, pfn) for pfn in pfns]):
+        answer = damaged(sample.prog)
+    assert answer.status == 0, answer.text
+    found = answer.census.stories.pending
+    (free,) = found.frees
+    assert (free.way, free.segment, free.cpu) == (Way.RCU, Segment.WAIT, 0)
+    assert found.pfns.tolist() == pfns
+    assert found.typed.all()
+    assert (found.level == (1 if sample.name.startswith("ppc64le") else -1)).all()
+
+
+def test_batch_damaged(sample: Sample) -> None:
+    entries = [entry_of(sample, int(sample.scan.pfns[1])), 0x1230, (1 << 64) - 64]
+    with waiting_batch(sample, entries) as batch:
+        answer = damaged(sample.prog)
+    assert answer.status == 4
+    answer.line_with(f"{batch:#x}", "2 of its 3 tables name no page of memory", "0x1230")
+    assert len(answer.census.stories.pending.pfns) == 1
+    with waiting_batch(sample, entries, number=1 << 20) as batch:
+        answer = damaged(sample.prog)
+    assert answer.status == 4
+    answer.line_with(f"{batch:#x}", "says that it has 1048576 tables, more than fit")
+    assert len(answer.census.stories.pending.pfns) == 0
+
+
+# Damaged lists ------------------------------------------------------------------------------------
+
+
+def test_list_that_loops(moving: Sample) -> None:
+    heads = callbacks(moving.prog)
+    cpu, last = heads[-1]
+    first = next(head for other, head in heads if other == cpu)
+    with Overlay(moving.prog).word_at(last.value_(), first.value_()):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with(f"CPU {cpu}", "broken", f"comes back to {first.value_():#x}")
+    assert len(answer.census.stories.pending.pfns) > 100
+
+
+def test_list_that_is_cut(moving: Sample) -> None:
+    cpu, head = callbacks(moving.prog)[1]
+    with Overlay(moving.prog).word_at(head.value_(), 0):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with(f"CPU {cpu}", "ends after 2 callbacks, before its last segment")
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [(0xDEAD000000000100, "cannot be read"), (0x1001, "odd address 0x1001")],
+)
+def test_list_that_leads_astray(moving: Sample, link: int, words: str) -> None:
+    cpu, head = callbacks(moving.prog)[2]
+    with Overlay(moving.prog).word_at(head.value_(), link):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with(f"CPU {cpu}", "broken", "after 3 callbacks", words)
+
+
+def test_function_that_is_none(moving: Sample) -> None:
+    overlay = Overlay(moving.prog)
+    _, head = callbacks(moving.prog)[2]
+    function = moving.prog.symbol("schedule").address
+    with overlay.word_at(head.value_() + 8, 0x1234567):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with("function is 0x1234567, where no function begins")
+    with overlay.word_at(head.value_() + 8, function + 4):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with(f"{function + 4:#x}", "inside schedule")
+
+
+def test_single_table_that_is_none(moving: Sample) -> None:
+    _, batch = batches(moving.prog)[0]
+    head = batch.rcu.address_
+    assert head is not None
+    function = moving.prog.symbol("__tlb_remove_table_one_rcu").address
+    with Overlay(moving.prog).word_at(head + 8, function):
+        answer = damaged(moving.prog)
+    assert answer.status == 4
+    answer.line_with("__tlb_remove_table_one_rcu() is to free", "no descriptor")
+
+
+def test_single_table(moving: Sample) -> None:
+    """A descriptor's own callback instead of a batch."""
+    prog = moving.prog
+    cpu, head = callbacks(prog)[0]
+    pfn = int(moving.scan.pfns[7])
+    descriptor = pfn_to_page(prog, pfn).value_()
+    member = descriptor + offsetof(prog.type("struct ptdesc"), "pt_rcu_head")
+    function = prog.symbol("__tlb_remove_table_one_rcu").address
+    cblist = per_cpu(prog["rcu_data"], cpu).cblist
+    overlay = Overlay(prog)
+    first = cblist.head.address_
+    assert first is not None
+    with ExitStack() as stack:
+        for where, value in (
+            (first, member),
+            (member, head.value_()),
+            (member + 8, function),
+        ):
+            stack.enter_context(overlay.word_at(where, value))
+        found = take_census(prog, leaf_counts=False).stories.pending
+    single = [free for free in found.frees if free.function == "__tlb_remove_table_one_rcu"]
+    assert [free.address for free in single] == [member]
+    assert pfn in found.pfns.tolist()
