@@ -59,6 +59,12 @@ class Found(Enum):
     SLAB = "slab"
     #: A variable of the kernel points to it.
     SYMBOL = "symbol"
+    #: An mm has it on its list of guest address spaces (``context.gmap_list``, up to 6.x).
+    GMAP_LIST = "gmap_list"
+    #: A virtual machine of KVM's list has it (``vm_list``, from 7.0).
+    VM_LIST = "vm_list"
+    #: Another guest address space has it among its children: a shadow, or a virtual CPU's own.
+    CHILDREN = "children"
 
 
 class TaskName(NamedTuple):
@@ -97,6 +103,8 @@ class Space:
     tasks: tuple[TaskName, ...] = ()
     #: Name of the kernel variable that leads here, if any.
     symbol: str = ""
+    #: Address of the ``struct gmap`` of a guest address space; *mm* is its host's then.
+    gmap: int | None = None
 
     @property
     def kernel(self) -> bool:
@@ -117,6 +125,8 @@ class Space:
             name = self.symbol
         else:
             name = f"mm {self.mm.address:#x}" if self.mm is not None else "?"
+        if self.gmap is not None:
+            return f"{name} gmap:{self.gmap:#x}"
         return f"{name} (kpti)" if self.kind is SpaceKind.ISOLATED else name
 
 
@@ -144,15 +154,19 @@ class SpaceList:
         return None
 
     def of_mm(self, address: int) -> Space | None:
-        """Get the space of an mm (not its isolated half)."""
+        """Get the space of an mm (not its isolated half, nor a guest's)."""
         for space in self.spaces:
             if (
                 space.mm is not None
                 and space.mm.address == address
-                and space.kind is not SpaceKind.ISOLATED
+                and space.kind not in (SpaceKind.ISOLATED, SpaceKind.GMAP)
             ):
                 return space
         return None
+
+    def of_gmap(self, address: int) -> Space | None:
+        """Get the space of a guest."""
+        return next((space for space in self.spaces if space.gmap == address), None)
 
     @property
     def kernel(self) -> Space | None:

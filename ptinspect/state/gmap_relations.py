@@ -1,0 +1,374 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Whether what a guest address space says of itself agrees with its tree, its host and its guest.
+
+Everything here compares records that were read before with tables that were walked before; memory
+is read only for the tables that a guest made for a guest of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from drgn import FaultError, Program
+from drgn.helpers.linux.mm import pfn_to_page
+
+from ptinspect.kernel.descriptor import page_is_pgtable
+from ptinspect.kernel.direct_map import virtual_to_physical
+from ptinspect.kernel.paging import EntryClass
+from ptinspect.memory import AddressArray, read_blocks
+from ptinspect.state.gmap import (
+    Disagreement,
+    Gmap,
+    Gmaps,
+    ListedTable,
+    Relation,
+    read_gmaps,
+)
+from ptinspect.tables.entries import raw_entries
+from ptinspect.tables.lookup import walk_address
+from ptinspect.tables.spaces import SpaceKind
+from ptinspect.tables.walk import RowState, Tables
+
+_SEGMENT_SHIFT = 20
+_SEGMENT_BYTES = 1 << _SEGMENT_SHIFT
+_SEGMENT_ENTRIES = 2048
+_PAGE_ENTRIES = 256
+
+#: In the guest address of a shadow's table: no table of the guest, but its real or large memory
+#: (GMAP_SHADOW_FAKE_TABLE, arch/s390/mm/gmap.c).
+FAKE_TABLE = 1
+
+_ASCE_REAL_SPACE = 0x20
+_ORIGIN = (1 << 64) - 1 & ~0xFFF
+_LARGE = 0x400
+_INVALID = 0x20
+
+
+@dataclass(frozen=True)
+class GmapStory:
+    """All guest address spaces, and where they disagree with anything."""
+
+    gmaps: Gmaps
+    disagreements: tuple[Disagreement, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def held_pfns(self) -> AddressArray:
+        """uint64: first page frames of the tables on lists and in caches."""
+        return self.gmaps.held_pfns
+
+
+def read_gmap_story(prog: Program, tables: Tables) -> GmapStory:
+    """
+    Read all guest address spaces and compare them with what was walked.
+
+    :param tables: With the guest address spaces among the spaces.
+    """
+    gmaps = read_gmaps(prog, tables.spaces)
+    comparison = _Comparison(prog, gmaps, tables)
+    found = (*gmaps.disagreements, *comparison.disagreements())
+    return GmapStory(gmaps, found, (*gmaps.missing, *comparison.missing))
+
+
+class _Comparison:
+    def __init__(self, prog: Program, gmaps: Gmaps, tables: Tables) -> None:
+        self.prog = prog
+        self.gmaps = gmaps
+        self.tables = tables
+        self.missing: list[str] = []
+        self.page = tables.paging.page_bytes
+        self._numbers = {
+            space.gmap: number
+            for number, space in enumerate(tables.spaces)
+            if space.gmap is not None
+        }
+        self._by_address = {gmap.address: gmap for gmap in gmaps.gmaps}
+
+    def disagreements(self) -> Iterator[Disagreement]:
+        """Compare everything."""
+        for gmap in self.gmaps.gmaps:
+            if gmap.space is None or gmap.address not in self._numbers:
+                continue
+            rows = self._rows(gmap)
+            yield from self._descriptors(gmap, rows)
+            if gmap.kvm_owned:
+                continue
+            yield from self._asce(gmap)
+            yield from self._lists(gmap, rows)
+            if gmap.shadow:
+                yield from self._shadowed(gmap, rows)
+            else:
+                yield from self._indices(gmap, rows)
+                yield from self._segments(gmap, rows)
+                yield from self._slots(gmap)
+
+    def _rows(self, gmap: Gmap) -> npt.NDArray[np.intp]:
+        rows = self.tables.rows_of_space(self._numbers[gmap.address])
+        bad = np.isin(self.tables.state[rows], (RowState.OUTSIDE, RowState.CYCLE))
+        result: npt.NDArray[np.intp] = rows[~bad]
+        for row in rows[bad].tolist():
+            state = RowState(int(self.tables.state[row])).name.lower()
+            self.missing.append(
+                f"{gmap.name}: the table at {int(self.tables.address[row]):#x} is {state}"
+            )
+        return result
+
+    # The gmap by itself.
+
+    def _asce(self, gmap: Gmap) -> Iterator[Disagreement]:
+        assert gmap.space is not None
+        assert gmap.table is not None
+        root = gmap.space.root
+        table = virtual_to_physical(self.prog, gmap.table)
+        if table != root.address:
+            text = f"the ASCE names the table at {root.address:#x}, but table is at {table:#x}"
+            yield Disagreement(Relation.ASCE, gmap.address, root.address, text)
+        bits = self.tables.paging.levels[root.level].shift + 11
+        last = (1 << min(bits, 64)) - 1
+        if gmap.limit != last:
+            text = f"the ASCE's tables reach {last:#x}, but asce_end is {gmap.limit or 0:#x}"
+            yield Disagreement(Relation.ASCE, gmap.address, last, text)
+
+    def _descriptors(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        """A gmap's own tables are not typed, and nobody else has a reference."""
+        own = self.tables.level[rows] > 0
+        if gmap.kvm_owned or gmap.shadow:
+            own |= True
+        for address in np.unique(self.tables.address[rows[own]]).tolist():
+            page = pfn_to_page(self.prog, address // self.page)
+            try:
+                typed = page_is_pgtable(page)
+                references = int(page._refcount.counter.value_())
+            except FaultError:
+                self.missing.append(f"the struct page of the table at {address:#x}")
+                continue
+            if typed:
+                text = "its own table is typed as a page table"
+                yield Disagreement(Relation.DESCRIPTOR, gmap.address, address, text)
+            if references != 1:
+                text = f"its own table has {references} references instead of 1"
+                yield Disagreement(Relation.DESCRIPTOR, gmap.address, address, text)
+
+    # Lists and guest addresses.
+
+    def _lists(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        levels = self.tables.level[rows]
+        crst = self.tables.address[rows[levels > 0]]
+        yield from self._same_set(gmap, Relation.CRST_LIST, "crst_list", crst, gmap.crst_list)
+        # Only a shadow has page tables of its own.
+        own = self.tables.address[rows[levels == 0]] if gmap.shadow else crst[:0]
+        yield from self._same_set(gmap, Relation.PT_LIST, "pt_list", own, gmap.pt_list)
+
+    def _same_set(
+        self,
+        gmap: Gmap,
+        relation: Relation,
+        name: str,
+        tree: AddressArray,
+        listed: tuple[ListedTable, ...],
+    ) -> Iterator[Disagreement]:
+        in_tree = set(tree.tolist())
+        on_list = {table.pfn * self.page for table in listed}
+        for address in sorted(in_tree - on_list):
+            text = f"the tree has the table at {address:#x}, but {name} has not"
+            yield Disagreement(relation, gmap.address, address, text)
+        for address in sorted(on_list - in_tree):
+            text = f"{name} has the table at {address:#x}, but the tree has not"
+            yield Disagreement(relation, gmap.address, address, text)
+
+    def _indices(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        """The descriptor of each table bears the first guest address that it translates."""
+        said = {table.pfn * self.page: table.index for table in gmap.crst_list}
+        for row in rows[self.tables.level[rows] > 0].tolist():
+            address, place = int(self.tables.address[row]), int(self.tables.va[row])
+            index = said.get(address)
+            if index is not None and index != place:
+                text = (
+                    f"the descriptor of the table at {address:#x} has the guest address "
+                    f"{index:#x}, but the tree has it at {place:#x}"
+                )
+                yield Disagreement(Relation.INDEX, gmap.address, address, text)
+
+    # Segments: where host and guest meet.
+
+    def _segments(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        tables = self.tables
+        segment_rows = rows[tables.level[rows] == 1]
+        guest_of = {
+            int(tables.address[row]): int(tables.va[row]) for row in segment_rows.tolist()
+        }
+        used = self._used_segments(segment_rows)
+        pointed: dict[int, int] = {}
+        for index, pointer in gmap.host_to_guest.entries.items():
+            host = index << _SEGMENT_SHIFT
+            entry = virtual_to_physical(self.prog, pointer)
+            table = entry & ~(_SEGMENT_ENTRIES * 8 - 1)
+            if table not in guest_of or entry % 8:
+                text = f"host_to_guest of {host:#x} points to {pointer:#x}, no segment entry of it"
+                yield Disagreement(Relation.HOST_TO_GUEST, gmap.address, host, text)
+                continue
+            guest = guest_of[table] + ((entry - table) // 8 << _SEGMENT_SHIFT)
+            pointed[entry] = host
+            back = gmap.guest_to_host.entries.get(guest >> _SEGMENT_SHIFT)
+            if back != host:
+                text = f"host {host:#x} is guest {guest:#x}, but guest_to_host says " + (
+                    "nothing of it" if back is None else f"{back:#x}"
+                )
+                yield Disagreement(Relation.HOST_TO_GUEST, gmap.address, host, text)
+            if entry not in used:
+                text = f"host_to_guest of {host:#x} points to the empty entry of guest {guest:#x}"
+                yield Disagreement(Relation.HOST_TO_GUEST, gmap.address, host, text)
+        for entry, (guest, target) in used.items():
+            if entry not in pointed:
+                text = f"the entry of guest segment {guest:#x} is used, but not in host_to_guest"
+                yield Disagreement(Relation.HOST_TO_GUEST, gmap.address, guest, text)
+            yield from self._host_table(gmap, guest, target)
+
+    def _used_segments(
+        self, segment_rows: npt.NDArray[np.intp]
+    ) -> dict[int, tuple[int, int | None]]:
+        """
+        Get the segment entries that are not empty.
+
+        :return: By physical address of the entry, the guest address, and the table that it points
+            to (``None`` if it maps a large page).
+        """
+        tables, paging = self.tables, self.tables.paging
+        addresses = tables.address[segment_rows]
+        blocks = read_blocks(self.prog, addresses, paging.levels[1].table_bytes)
+        used: dict[int, tuple[int, int | None]] = {}
+        for place, row in enumerate(segment_rows.tolist()):
+            if not blocks.readable[place]:
+                self.missing.append(f"the segment table at {int(addresses[place]):#x}")
+                continue
+            raw = raw_entries(blocks.data[place : place + 1])
+            slots = np.flatnonzero(raw[0] != paging.raw_constant(paging.levels[1].empty))
+            values = paging.values(raw[0][slots])
+            kinds = paging.classify(values, 1)
+            targets = paging.table_targets(values, 1)
+            for slot, kind, target in zip(slots.tolist(), kinds.tolist(), targets.tolist()):
+                guest = int(tables.va[row]) + (slot << _SEGMENT_SHIFT)
+                points = target if kind == EntryClass.TABLE else None
+                used[int(addresses[place]) + 8 * slot] = (guest, points)
+        return used
+
+    @cached_property
+    def _host_tables(self) -> dict[int, dict[int, int]]:
+        """By mm: host segment to the physical address of its page table."""
+        tables = self.tables
+        result: dict[int, dict[int, int]] = {}
+        wanted = {gmap.mm for gmap in self.gmaps.gmaps}
+        for number, space in enumerate(tables.spaces):
+            if space.kind is SpaceKind.USER and space.mm and space.mm.address in wanted:
+                rows = tables.rows_of_space(number)
+                rows = rows[tables.level[rows] == 0]
+                segments = (tables.va[rows] >> np.uint64(_SEGMENT_SHIFT)).tolist()
+                result[space.mm.address] = dict(zip(segments, tables.address[rows].tolist()))
+        return result
+
+    def _host_table(self, gmap: Gmap, guest: int, target: int | None) -> Iterator[Disagreement]:
+        """A segment of the guest has the very page table that the process has there."""
+        host = gmap.guest_to_host.entries.get(guest >> _SEGMENT_SHIFT)
+        if host is None:
+            text = f"the entry of guest segment {guest:#x} is used, but not in guest_to_host"
+            yield Disagreement(Relation.GUEST_TO_HOST, gmap.address, guest, text)
+            return
+        mine = self._host_tables.get(gmap.mm)
+        if target is None or mine is None:
+            # A large page of the host has no table; a host that is gone has none either.
+            return
+        theirs = mine.get(host >> _SEGMENT_SHIFT)
+        if theirs != target:
+            text = f"guest segment {guest:#x} has the page table at {target:#x}, but the host " + (
+                f"has none at {host:#x}" if theirs is None else f"has {theirs:#x} at {host:#x}"
+            )
+            yield Disagreement(Relation.HOST_TABLE, gmap.address, guest, text)
+
+    def _slots(self, gmap: Gmap) -> Iterator[Disagreement]:
+        """guest_to_host is what the machine's memory slots say, segment by segment."""
+        if gmap.vm is None or not gmap.vm.slots or gmap.vm.missing:
+            # User-controlled machines have no slots: the process maps as it likes.
+            return
+        expected = {
+            (slot.guest + offset) >> _SEGMENT_SHIFT: slot.host + offset
+            for slot in gmap.vm.slots
+            for offset in range(0, slot.size, _SEGMENT_BYTES)
+        }
+        said = gmap.guest_to_host.entries
+        for segment in sorted({*expected, *said}):
+            if expected.get(segment) != said.get(segment):
+                guest = segment << _SEGMENT_SHIFT
+                text = (
+                    f"guest segment {guest:#x} lies at {_hex(expected.get(segment))} by the memory "
+                    f"slots, at {_hex(said.get(segment))} by guest_to_host"
+                )
+                yield Disagreement(Relation.SLOT, gmap.address, guest, text)
+
+    # Shadows: tables that the guest made.
+
+    def _shadowed(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        if gmap.guest_to_host.entries or gmap.host_to_guest.entries:
+            text = "a shadow has no mappings of its own, but one of its trees is not empty"
+            yield Disagreement(Relation.GUEST_TO_HOST, gmap.address, gmap.address, text)
+        parent = self._by_address.get(gmap.parent)
+        said = {
+            table.pfn * self.page: table.index for table in (*gmap.crst_list, *gmap.pt_list)
+        }
+        for row in rows.tolist():
+            address = int(self.tables.address[row])
+            index = said.get(address)
+            if index is None or parent is None or parent.space is None:
+                continue
+            if int(self.tables.parent[row]) < 0:
+                expected: int | None = 0
+            else:
+                level, place = int(self.tables.level[row]), int(self.tables.va[row])
+                expected = self._guest_table(gmap, parent, level, place)
+            if expected is not None and index != expected:
+                text = (
+                    f"the table at {address:#x} shadows {index:#x}, but the guest's tables lead "
+                    f"to {expected:#x}"
+                )
+                yield Disagreement(Relation.SHADOWED, gmap.address, address, text)
+
+    def _guest_table(self, gmap: Gmap, parent: Gmap, level: int, place: int) -> int | None:
+        """
+        Follow the guest's own tables to the one that a shadow's table of a level shadows.
+
+        :return: Its guest address, with :data:`FAKE_TABLE` if there is memory but no table;
+            ``None`` if the guest's tables cannot be followed.
+        """
+        if gmap.guest_asce & _ASCE_REAL_SPACE:
+            return place | FAKE_TABLE
+        paging = self.tables.paging
+        table = gmap.guest_asce & _ORIGIN
+        for here in range(1 + (gmap.guest_asce >> 2 & 3), level, -1):
+            shift = paging.levels[here].shift
+            entry = self._read_guest(parent, table + 8 * (place >> shift & _SEGMENT_ENTRIES - 1))
+            if entry is None or entry & _INVALID:
+                return None
+            if here <= 2 and entry & _LARGE and gmap.edat_level >= here:
+                base = entry & ~((1 << shift) - 1)
+                return base + (place & (1 << shift) - 1) | FAKE_TABLE
+            table = entry & (_ORIGIN | 0x800 if here == 1 else _ORIGIN)
+        return table
+
+    def _read_guest(self, parent: Gmap, address: int) -> int | None:
+        assert parent.space is not None
+        found = walk_address(self.prog, self.tables.paging, parent.space.root, address)
+        if found.physical is None:
+            return None
+        try:
+            return int(self.prog.read_u64(found.physical, True))
+        except FaultError:
+            return None
+
+
+def _hex(value: int | None) -> str:
+    return "nowhere" if value is None else f"{value:#x}"
