@@ -81,9 +81,10 @@ _SHADOW_7 = """\
 				break;
 			guard(srcu)(&vcpu->kvm->srcu);
 			sg = gmap_create_shadow(vcpu->arch.mc, vcpu->kvm->arch.gmap,
-						(union asce){ .val = want[0] }, want[1]);
-			r = IS_ERR(sg) ? PTR_ERR(sg) :
-					 gaccess_shadow_fault(vcpu, sg, want[2], NULL, true);
+				(union asce){ .val = want[0] }, want[1]);
+			r = PTR_ERR_OR_ZERO(sg);
+			if (!r)
+				r = gaccess_shadow_fault(vcpu, sg, want[2], NULL, true);
 			break;
 		}
 """

@@ -22,13 +22,14 @@ from drgn import FaultError, Program
 from ptinspect.errors import PtinspectError
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
 from ptinspect.memory import BoolArray
+from ptinspect.state.gmap import read_gmaps
 from ptinspect.state.pending import Way
 from ptinspect.state.stories import Holding, Stories
 from ptinspect.tables.lookup import TableOwner, table_owners
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.scan import MemmapScan, descriptor_indices, scan_memmap
 from ptinspect.tables.scan import Progress as ScanProgress
-from ptinspect.tables.spaces import Space, SpaceList, find_spaces
+from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces
 from ptinspect.tables.walk import Progress, RowState, Tables, Visitor, walk_spaces
 
 #: Level of a descriptor that no space reaches.
@@ -62,6 +63,7 @@ _HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = (
     (Holder.RCU, lambda stories: stories.pending.held(Way.RCU)),
     (Holder.GATHER, lambda stories: stories.pending.held(Way.GATHER)),
     (Holder.FREE_LIST, lambda stories: stories.pending.held(Way.KERNEL_WORK)),
+    (Holder.GMAP, lambda stories: stories.gmaps),
 )
 
 
@@ -75,12 +77,14 @@ class HolderCount(NamedTuple):
 
 
 class LevelCount(NamedTuple):
-    """The tables of one level that user or kernel spaces reach."""
+    """The tables of one level that user, kernel or guest spaces reach."""
 
     level: int
     kernel: bool
     typed: int
     untyped: int
+    #: Whether they are a guest's.
+    guest: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,19 +220,23 @@ class Census:
         """
         Count reached tables by level: which levels this kernel types.
 
-        A table that user and kernel spaces share counts for the first that reaches it.
+        A table that several spaces share counts for the first that reaches it.
         """
-        kernel = np.array([space.kernel for space in self.tables.spaces], np.bool_)
+        spaces = self.tables.spaces
+        kernel = np.array([space.kernel for space in spaces], np.bool_)[self.tables.space]
+        guest = np.array([space.kind is SpaceKind.GMAP for space in spaces], np.bool_)
+        guest = guest[self.tables.space]
         distinct = distinct_tables(self.tables)
         result = []
         for level in range(len(self.paging.levels)):
-            for is_kernel in (False, True):
+            for is_kernel, is_guest in ((False, False), (True, False), (False, True)):
                 here = distinct & (self.tables.level == level)
-                here &= kernel[self.tables.space] == is_kernel
+                here &= (kernel == is_kernel) & (guest == is_guest)
                 typed = int(np.count_nonzero(here & (self.descriptor >= 0)))
                 total = int(np.count_nonzero(here))
                 if total:
-                    result.append(LevelCount(level, is_kernel, typed, total - typed))
+                    untyped = total - typed
+                    result.append(LevelCount(level, is_kernel, typed, untyped, is_guest))
         return result
 
     def nbytes(self) -> int:
@@ -288,7 +296,7 @@ def take_census(
     :return: All tables and all typed pages, and what holds them.
     :raises PtinspectError: if the target's paging or memory model is not supported
     """
-    spaces = find_spaces(prog)
+    spaces = _with_guests(prog, find_spaces(prog))
     tables = walk_spaces(
         prog,
         paging_of(prog),
@@ -300,6 +308,19 @@ def take_census(
     )
     census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
     return replace(census, holders_missing=tuple(_ask_holders(census)))
+
+
+def _with_guests(prog: Program, spaces: SpaceList) -> SpaceList:
+    """
+    Add the address spaces of guests, after those of their hosts, whose page tables they share.
+
+    What could not be read of them is told by their story, when the holders are asked.
+    """
+    try:
+        guests = read_gmaps(prog, spaces.spaces).spaces
+    except (FaultError, LookupError, PtinspectError):
+        return spaces
+    return replace(spaces, spaces=(*spaces.spaces, *guests))
 
 
 def _ask_holders(census: Census) -> Iterator[str]:

@@ -13,6 +13,7 @@ from ptinspect.census import Census, Holder, distinct_tables
 from ptinspect.kernel.paging import EntryClass
 from ptinspect.records import HolderSummary, LevelSummary, NodePlacement, ReachedSummary
 from ptinspect.tables.scan import MemmapScan
+from ptinspect.tables.spaces import SpaceKind
 from ptinspect.tables.walk import RowState
 
 
@@ -85,13 +86,16 @@ def _levels(census: Census) -> Iterator[LevelSummary]:
     tables = census.tables
     kernel_spaces = np.array([space.kernel for space in tables.spaces], np.bool_)
     kernel = kernel_spaces[tables.space]
+    guest_spaces = np.array([space.kind is SpaceKind.GMAP for space in tables.spaces], np.bool_)
+    guest = guest_spaces[tables.space]
     distinct = distinct_tables(tables)
     used = tables.counts.sum(axis=1, dtype=np.int64) - tables.counts[:, EntryClass.NONE]
     counted = tables.counted
     empty = counted & (used == 0) & (tables.parent >= 0)
     for count in reversed(census.levels()):
         level = tables.paging.levels[count.level]
-        here = distinct & (tables.level == count.level) & (kernel == count.kernel)
+        here = distinct & (tables.level == count.level)
+        here &= (kernel == count.kernel) & (guest == count.guest)
         empty_tables = int(np.count_nonzero(here & empty))
         yield LevelSummary(
             level=level.name,
@@ -103,6 +107,7 @@ def _levels(census: Census) -> Iterator[LevelSummary]:
             all_entries=int(tables.counts[here & counted].sum(dtype=np.int64)),
             empty_tables=empty_tables,
             empty_bytes=empty_tables * level.table_bytes,
+            guest=count.guest,
         )
 
 

@@ -137,7 +137,7 @@ class TypedCount:
 
 @dataclass(frozen=True)
 class LevelSummary:
-    """The tables of one level that user or kernel spaces reach, each table once."""
+    """The tables of one level that user, kernel or guest spaces reach, each table once."""
 
     level: str
     kernel: bool
@@ -152,6 +152,13 @@ class LevelSummary:
     #: Tables without any entry, roots left out, and their bytes, which could be given back.
     empty_tables: int
     empty_bytes: int
+    #: Whether they are a guest's (s390), who shares the page tables of its process up to 6.x.
+    guest: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Whose they are, in a word."""
+        return "guest" if self.guest else "kernel" if self.kernel else "user"
 
 
 @dataclass(frozen=True)

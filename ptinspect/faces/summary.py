@@ -85,7 +85,7 @@ def _reached(reached: ReachedSummary) -> Iterator[Table]:
         [
             (
                 level.level,
-                "kernel" if level.kernel else "user",
+                level.owner,
                 level.typed,
                 level.untyped,
                 level.table_bytes // 1024,
@@ -108,7 +108,7 @@ def _reached(reached: ReachedSummary) -> Iterator[Table]:
             (
                 reached.spaces,
                 reached.unreached,
-                sum(level.empty_bytes for level in reached.levels if not level.kernel) // 1024,
+                sum(level.empty_bytes for level in reached.levels if level.owner == "user") // 1024,
             )
         ],
         single=True,

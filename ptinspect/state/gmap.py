@@ -161,9 +161,7 @@ class Gmaps:
     @property
     def held_pfns(self) -> AddressArray:
         """uint64: first page frames of the tables on lists and in caches."""
-        pfns = [
-            table.pfn for gmap in self.gmaps for table in (*gmap.crst_list, *gmap.pt_list)
-        ]
+        pfns = [table.pfn for gmap in self.gmaps for table in (*gmap.crst_list, *gmap.pt_list)]
         return np.array(pfns + [table.pfn for table in self.caches], np.uint64)
 
 
@@ -347,7 +345,9 @@ class _MmReader(_Reader):
             self.missing.append(f"struct gmap {address:#x} cannot be read: {error}")
             return None
         parent = int(value.parent.value_())
-        flags = [name for name in ("pfault_enabled", "removed", "initialized") if value.member_(name)]
+        flags = [
+            name for name in ("pfault_enabled", "removed", "initialized") if value.member_(name)
+        ]
         if value.guest_handle:
             flags.append("protected")
         gmap = Gmap(

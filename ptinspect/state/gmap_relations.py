@@ -200,9 +200,7 @@ class _Comparison:
     def _segments(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
         tables = self.tables
         segment_rows = rows[tables.level[rows] == 1]
-        guest_of = {
-            int(tables.address[row]): int(tables.va[row]) for row in segment_rows.tolist()
-        }
+        guest_of = {int(tables.address[row]): int(tables.va[row]) for row in segment_rows.tolist()}
         used = self._used_segments(segment_rows)
         pointed: dict[int, int] = {}
         for index, pointer in gmap.host_to_guest.entries.items():
@@ -317,9 +315,7 @@ class _Comparison:
             text = "a shadow has no mappings of its own, but one of its trees is not empty"
             yield Disagreement(Relation.GUEST_TO_HOST, gmap.address, gmap.address, text)
         parent = self._by_address.get(gmap.parent)
-        said = {
-            table.pfn * self.page: table.index for table in (*gmap.crst_list, *gmap.pt_list)
-        }
+        said = {table.pfn * self.page: table.index for table in (*gmap.crst_list, *gmap.pt_list)}
         for row in rows.tolist():
             address = int(self.tables.address[row])
             index = said.get(address)

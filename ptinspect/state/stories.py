@@ -16,6 +16,7 @@ from drgn import Program
 
 from ptinspect.memory import AddressArray
 from ptinspect.state.deposits import Deposits, read_deposits
+from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
 from ptinspect.state.pending import Pending, read_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.tables.scan import MemmapScan
@@ -60,3 +61,8 @@ class Stories:
     def pending(self) -> Pending:
         """Tables that wait to be freed."""
         return read_pending(self.prog, self.tables, self.scan)
+
+    @cached_property
+    def gmaps(self) -> GmapStory:
+        """s390's guest address spaces."""
+        return read_gmap_story(self.prog, self.tables)
