@@ -16,6 +16,7 @@ from ptinspect.cli import (
     check,
     deposits,
     descriptors,
+    gmap,
     layout,
     pending,
     processes,
@@ -56,6 +57,7 @@ for _command in (
     deposits.command,
     check.command,
     pending.command,
+    gmap.command,
     shell.command,
 ):
     cli.add_command(_command)
