@@ -32,6 +32,9 @@ _MACHINES = {
     243: drgn.Architecture.RISCV64,
 }
 
+#: Bytes of region and segment tables, and of page tables.
+_S390_CRST_BYTES, _S390_PAGE_TABLE_BYTES = 0x4000, 0x800
+
 #: s390 lowcore: the physical address of the kernel's note (arch/s390/include/asm/lowcore.h).
 _S390_LOWCORE_VMCOREINFO = 0xE0C
 
@@ -170,7 +173,14 @@ def open_dump(path: Path, vmlinux: Path) -> drgn.Program:
     program = drgn.Program(dump.platform)
 
     def read(address: int, count: int, offset: int, physical: bool) -> bytes:
-        return dump.read(address, count)
+        try:
+            return dump.read(address, count)
+        except drgn.FaultError:
+            if count != _S390_CRST_BYTES or dump.platform.arch is not drgn.Architecture.S390X:
+                raise
+            # drgn reads a page table of s390 as if it were as long as the tables above it: what
+            # lies behind it may not be there.
+            return dump.read(address, _S390_PAGE_TABLE_BYTES).ljust(count, b"\0")
 
     program.add_memory_segment(0, (1 << 64) - 1, read, physical=True)
     program.set_linux_kernel_custom(dump.vmcoreinfo(), False)

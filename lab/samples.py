@@ -68,6 +68,8 @@ SAMPLES: dict[str, Sample] = {
     ),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
     "s390x-6.12": Sample("init_on_free=1"),
+    "s390x-6.1": Sample("init_on_free=1"),
+    "s390x-7.3": Sample("init_on_free=1"),
     "arm64-7.3": Sample("init_on_free=1 lab_hugepages=4", kernel="aarch64-7.3"),
     # 64K pages: every process and slab needs more.
     "ppc64le-6.12": Sample("init_on_free=1 lab_hugepages=4", memory=256),
@@ -123,6 +125,19 @@ def system_ram(truth: dict[str, Any]) -> list[tuple[int, int]]:
         for part in truth["iomem"]
         if part["name"] == "System RAM"
     ]
+
+
+def guest_memory(truth: dict[str, Any]) -> list[tuple[int, int]]:
+    """Get the pages of virtual machines that the workload noted: process ID, address there."""
+    found = []
+    for note in truth["made"]:
+        kind, *words = note["text"].split()
+        if kind in ("gmap-page", "gmap-zero-page", "gmap-user-page"):
+            found.append((note["pid"], int(words[1], 16)))
+        elif kind == "gmap-guest-tables":
+            start, size = int(words[1], 16), int(words[2], 16)
+            found += [(note["pid"], at) for at in range(start, start + size, truth["page_size"])]
+    return found
 
 
 def check_truth(dump: Path, vmlinux: Path, truth: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +239,7 @@ def make_sample(name: str) -> Path:
     full, small, debug = folder / "full.elf", folder / "vmcore", folder / "vmlinux.debug"
     numbers = check_truth(full, kernel.vmlinux, truth)
     say("shrinking")
-    shrunk = shrink(full, kernel.vmlinux, small, system_ram(truth))
+    shrunk = shrink(full, kernel.vmlinux, small, system_ram(truth), guest_memory(truth))
     debug_file(kernel.arch, kernel.vmlinux, debug)
     compared = verify(full, small, debug)
     if check_truth(small, debug, truth) != numbers:

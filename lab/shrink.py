@@ -157,17 +157,38 @@ def _runs(mask: Any) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
+def _user_frames(
+    program: drgn.Program, frames: int, wanted: Sequence[tuple[int, int]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Mark the page frames of pages that are named by process ID and address."""
+    from drgn.helpers.linux.mm import follow_phys
+    from drgn.helpers.linux.pid import find_task
+
+    marks = np.zeros(frames, dtype=np.bool_)
+    for pid, address in wanted:
+        physical = int(follow_phys(find_task(program, pid).mm, address))
+        marks[physical // int(program["PAGE_SIZE"])] = True
+    return marks
+
+
 def shrink(
-    full: Path, vmlinux: Path, into: Path, ram: Sequence[tuple[int, int]] | None = None
+    full: Path,
+    vmlinux: Path,
+    into: Path,
+    ram: Sequence[tuple[int, int]] | None = None,
+    wanted: Sequence[tuple[int, int]] = (),
 ) -> Shrunk:
     """
     Write the small dump of a full one.
 
+    :param wanted: Pages of processes to keep, each a process ID and an address
     :raises LabError: if a page table would be lost
     """
     program = open_dump(full, vmlinux)
     pages = read_pages(program)
     reasons = classify(program, pages, ram)
+    kept = _user_frames(program, len(pages.exists), wanted)
+    reasons = {reason: mask & ~kept for reason, mask in reasons.items()}
     dump = ElfDump(full)
     size = pages.page_size
     frames = len(pages.exists)

@@ -73,28 +73,42 @@ static void make_states(void)
 	spawn("guard", state_guard);
 	spawn("ldt", state_ldt);
 	spawn("contiguous", state_64k);
+	spawn("halves", state_halves);
 	/* One that has ended but that nobody waited for: a task without an address space. */
 	child = fork();
 	if (!child)
 		_exit(0);
 }
 
-/* s390: only a program that was executed while this is set can have guests. */
+static const struct {
+	const char *name;
+	void (*state)(void);
+} gmap_states[] = {
+	{ "gmap", state_gmap },
+	{ "gmap-twin", state_gmap_twin },
+	{ "gmap-shadow", state_gmap_shadow },
+	{ "gmap-user", state_gmap_user },
+};
+
+/*
+ * s390 before 7.0: only a program that was executed while this is set can have guests. The file is
+ * gone since then, and any program can.
+ */
 static void make_gmaps(char *self)
 {
-	static const char *const states[] = { "gmap", "gmap-user" };
 	char path[32];
 	size_t i;
 
-	if (!write_file("/proc/sys/vm/allocate_pgste", "1")) {
-		skip("gmap: not a kernel that has guest address spaces of this kind");
+	if (access("/dev/kvm", F_OK)) {
+		skip("gmap: no /dev/kvm");
 		return;
 	}
-	for (i = 0; i < sizeof(states) / sizeof(*states); i++) {
+	write_file("/proc/sys/vm/allocate_pgste", "1");
+	for (i = 0; i < sizeof(gmap_states) / sizeof(*gmap_states); i++) {
 		int ready = ledger->ready, waited, pid = fork();
 
 		if (!pid) {
-			snprintf(path, sizeof(path), "%s", states[i]);
+			snprintf(path, sizeof(path), "%s", gmap_states[i].name);
 			execl(self, self, path, NULL);
 			_exit(1);
 		}
@@ -254,10 +268,9 @@ int main(int argc, char **argv)
 			return 1;
 		prctl(PR_SET_NAME, argv[1]);
 		list_process();
-		if (!strcmp(argv[1], "gmap"))
-			state_gmap();
-		else
-			state_gmap_user();
+		for (size_t i = 0; i < sizeof(gmap_states) / sizeof(*gmap_states); i++)
+			if (!strcmp(argv[1], gmap_states[i].name))
+				gmap_states[i].state();
 		now_ready();
 		wait_for_ever();
 	}

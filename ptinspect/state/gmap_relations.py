@@ -31,7 +31,7 @@ from ptinspect.state.gmap import (
     read_gmaps,
 )
 from ptinspect.tables.entries import raw_entries
-from ptinspect.tables.lookup import walk_address
+from ptinspect.tables.lookup import Outcome, walk_address
 from ptinspect.tables.spaces import SpaceKind
 from ptinspect.tables.walk import RowState, Tables
 
@@ -358,12 +358,15 @@ class _Comparison:
     def _read_guest(self, parent: Gmap, address: int) -> int | None:
         assert parent.space is not None
         found = walk_address(self.prog, self.tables.paging, parent.space.root, address)
-        if found.physical is None:
-            return None
         try:
-            return int(self.prog.read_u64(found.physical, True))
+            if found.outcome is not Outcome.UNREADABLE:
+                # A page that the host has taken back is one that nothing can be said of.
+                physical = found.physical
+                return None if physical is None else int(self.prog.read_u64(physical, True))
         except FaultError:
-            return None
+            pass
+        self.missing.append(f"{parent.name}: the guest's memory at {address:#x} cannot be read")
+        return None
 
 
 def _hex(value: int | None) -> str:
