@@ -108,6 +108,12 @@ RECIPES: dict[str, Recipe] = {
     "x86_64-6.1": Recipe(
         "x86_64", "bookworm", "linux-source-6.1", ("common", "x86_64", "x86_64-6.1")
     ),
+    "x86_64-6.12-lockdep": Recipe(
+        "x86_64",
+        "trixie",
+        "linux-source-6.12",
+        ("common", "x86_64", "x86_64-6.12-lockdep"),
+    ),
     "s390x-6.12": Recipe(
         "s390x", "trixie", "linux-source-6.12", ("common", "s390x", "s390x-6.12"), _KVM_6
     ),

@@ -49,7 +49,7 @@ class Holder(IntEnum):
     RCU = 3
     #: A list of tables to be freed.
     FREE_LIST = 4
-    #: A cache of table fragments.
+    #: A cache of table fragments (powerpc), or a half that waits to be freed (s390 up to 6.7).
     FRAGMENT_CACHE = 5
     #: A guest address space.
     GMAP = 6
@@ -64,6 +64,7 @@ _HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = (
     (Holder.GATHER, lambda stories: stories.pending.held(Way.GATHER)),
     (Holder.FREE_LIST, lambda stories: stories.pending.held(Way.KERNEL_WORK)),
     (Holder.GMAP, lambda stories: stories.gmaps),
+    (Holder.FRAGMENT_CACHE, lambda stories: stories.parted_pages),
 )
 
 

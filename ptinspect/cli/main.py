@@ -16,8 +16,10 @@ from ptinspect.cli import (
     check,
     deposits,
     descriptors,
+    fragments,
     gmap,
     layout,
+    locks,
     pending,
     processes,
     shell,
@@ -58,6 +60,8 @@ for _command in (
     check.command,
     pending.command,
     gmap.command,
+    fragments.command,
+    locks.command,
     shell.command,
 ):
     cli.add_command(_command)

@@ -9,15 +9,20 @@ frozen record of its own; commands, the census and the invariants share what was
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 from drgn import Program
 
 from ptinspect.memory import AddressArray
 from ptinspect.state.deposits import Deposits, read_deposits
+from ptinspect.state.fragments import Fragments, read_fragments
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
-from ptinspect.state.pending import Pending, read_pending
+from ptinspect.state.halves import Halves, read_halves
+from ptinspect.state.locks import Locks, read_locks
+from ptinspect.state.pending import Pending, Way, read_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import Tables
@@ -66,3 +71,63 @@ class Stories:
     def gmaps(self) -> GmapStory:
         """s390's guest address spaces."""
         return read_gmap_story(self.prog, self.tables)
+
+    @cached_property
+    def locks(self) -> Locks:
+        """Page-table locks."""
+        return read_locks(self.prog, self.tables, self.scan)
+
+    @cached_property
+    def fragments(self) -> Fragments | None:
+        """powerpc: pages with several tables; ``None`` if this kernel has none."""
+        deposits, pending = self.deposits, self.pending
+        return read_fragments(
+            self.prog,
+            self.tables,
+            self.scan,
+            deposited=_addresses(deposits),
+            pending=_pending_addresses(pending, gathered=False),
+            gathered=_pending_addresses(pending, gathered=True),
+            missing=(*deposits.missing, *pending.missing),
+        )
+
+    @cached_property
+    def halves(self) -> Halves | None:
+        """s390 as of 6.1: pages with two tables; ``None`` if this kernel has none."""
+        deposits = self.deposits
+        return read_halves(
+            self.prog,
+            self.tables,
+            self.scan,
+            deposited=_addresses(deposits),
+            missing=deposits.missing,
+        )
+
+    @property
+    def parted_pages(self) -> Holding:
+        """Pages with several tables, of whichever kind this kernel has."""
+        for story in (self.fragments, self.halves):
+            if story is not None:
+                return story
+        return _Nothing()
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """A story that accounts for nothing on this kernel."""
+
+    held_pfns: AddressArray = field(default_factory=lambda: np.empty(0, np.uint64))
+    missing: tuple[str, ...] = ()
+
+
+def _pending_addresses(pending: Pending, *, gathered: bool) -> AddressArray:
+    """uint64: physical addresses of PTE and PMD tables in batches on stacks, or elsewhere."""
+    on_stack = np.array([free.way is Way.GATHER for free in pending.frees] or [False], np.bool_)
+    wanted = (pending.level <= 1) & (on_stack[pending.free] == gathered)
+    addresses: AddressArray = pending.addresses[wanted]
+    return addresses
+
+
+def _addresses(deposits: Deposits) -> AddressArray:
+    """uint64: physical addresses of the spare tables."""
+    return np.array([table for ring in deposits.rings for table in ring.tables], np.uint64)

@@ -1,0 +1,427 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+powerpc: several PTE or PMD tables, called fragments, in one page, counted by its descriptor.
+
+A page starts with the count of all its fragments, and ``mm->context.pte_frag`` (``pmd_frag``)
+points to the next one to hand out. Handing one out leaves the count alone, giving one back takes
+one off. So while that cache points to fragment k of a page of N, the count is the fragments in use
+plus N - k; else it is the fragments in use. A page that lost the race for the cache has the count
+1 and serves one table only. Sources: arch/powerpc/mm/pgtable-frag.c, book3s64/pgtable.c,
+book3s64/mmu_context.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from drgn import Program, offsetof
+
+from ptinspect.kernel.descriptor import byte_order, flags_bit, ptdesc_has_member
+from ptinspect.kernel.direct_map import direct_map_offset
+from ptinspect.kernel.paging.model import object_or_none
+from ptinspect.memory import AddressArray, BoolArray, read_blocks
+from ptinspect.state.shared_pages import lowest_by_page, mm_numbers, read_descriptors
+from ptinspect.tables.memmap import Memmap
+from ptinspect.tables.scan import MemmapScan, descriptor_indices
+from ptinspect.tables.spaces import Space
+from ptinspect.tables.walk import RowState, Tables
+
+#: Level of a page in which no fragment was found.
+UNKNOWN_LEVEL = 255
+#: The levels whose tables are fragments, and what their variables and members are called after.
+_LEVELS = ("pte", "pmd")
+_NO_ADDRESSES: AddressArray = np.empty(0, np.uint64)
+
+#: What can be wrong with a page; the index into this tuple is what :attr:`Fragments.problem` keeps.
+PAGE_PROBLEMS = (
+    "",
+    "tables of two levels in one page",
+    "fragments of more than one mm",
+    "a fragment that the cache still has to hand out is in use",
+    "a fragment is linked, and also deposited or waiting to be freed",
+    "more than one cache points into it",
+    "a boot table has a count",
+    "the count is none that a page can have",
+    "the count is less than the fragments in use",
+    "the count is more than was found: frees that wait, or a leak",
+)
+(
+    _TWO_LEVELS,
+    _TWO_MMS,
+    _BEYOND_CACHE,
+    _TWICE,
+    _TWO_CACHES,
+    _BOOT_COUNT,
+    _IMPOSSIBLE,
+    _TOO_LOW,
+    _TOO_HIGH,
+) = range(1, len(PAGE_PROBLEMS))
+
+
+class FragmentShape(NamedTuple):
+    """How the pages of one level are divided."""
+
+    #: Fragments in a page.
+    number: int
+    #: Bytes of one.
+    size: int
+
+
+@dataclass(frozen=True)
+class FragmentCache:
+    """A pointer to the next fragment that an mm will get."""
+
+    #: Index into the spaces of the walk.
+    space: int
+    #: 0 for PTE, 1 for PMD.
+    level: int
+    #: Address that is kept there.
+    pointer: int
+    #: Page frame, and number of the fragment in it; ``None`` if the pointer is impossible.
+    pfn: int | None
+    fragment: int | None
+    #: Why it is impossible or wrong; empty if it is right.
+    problem: str
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """
+    Every page of fragments: columns, one row for each page, in order of the page frame.
+
+    In use are the fragments that a tree, a deposit or a pending free holds.
+    """
+
+    tables: Tables
+    #: Of PTE and PMD pages.
+    shapes: tuple[FragmentShape, FragmentShape]
+    #: The caches that are not empty.
+    caches: tuple[FragmentCache, ...]
+    #: uint64, page frames.
+    pfn: AddressArray
+    #: int64, index of the descriptor in the scan; -1 if the page is not typed.
+    descriptor: npt.NDArray[np.int64]
+    #: uint8, 0 for PTE, 1 for PMD, or :data:`UNKNOWN_LEVEL`.
+    level: npt.NDArray[np.uint8]
+    #: int64, index of the first space that has a fragment of it, or caches it; -1 for none.
+    space: npt.NDArray[np.int64]
+    #: int64, fragments in a page of that level; 0 if the level is not known.
+    number: npt.NDArray[np.int64]
+    #: int64, fragments that a tree reaches, that wait at a huge page, that wait to be freed.
+    linked: npt.NDArray[np.int64]
+    deposited: npt.NDArray[np.int64]
+    pending: npt.NDArray[np.int64]
+    #: int64, fragments in use, each once.
+    used: npt.NDArray[np.int64]
+    #: int64, number of the fragment that a cache points to; -1 if none does.
+    cached: npt.NDArray[np.int64]
+    #: int64, ``pt_frag_refcount``.
+    refcount: npt.NDArray[np.int64]
+    #: bool, tables from before the page allocator, which are not counted.
+    boot: BoolArray
+    #: bool, whether the descriptor could be read.
+    readable: BoolArray
+    #: uint8, index into :data:`PAGE_PROBLEMS`.
+    problem: npt.NDArray[np.uint8]
+    missing: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.pfn)
+
+    @property
+    def reserve(self) -> npt.NDArray[np.int64]:
+        """int64, what the count has for fragments that a cache still has to hand out."""
+        return np.where(self.cached >= 0, self.number - self.cached, 0)
+
+    @property
+    def expected(self) -> npt.NDArray[np.int64]:
+        """int64, what the count should be."""
+        return np.where(self.boot, 0, self.used + self.reserve)
+
+    @property
+    def free(self) -> npt.NDArray[np.int64]:
+        """int64, fragments that are not in use: still to be handed out, or lost for this page."""
+        free: npt.NDArray[np.int64] = np.maximum(self.number - self.used, 0)
+        return free
+
+    @property
+    def held_pfns(self) -> AddressArray:
+        """uint64: page frames that a cache keeps, whatever else does."""
+        return self.pfn[self.cached >= 0]
+
+    def arithmetic(self, row: int) -> str:
+        """Say how the count comes about, in words."""
+        if self.boot[row]:
+            return "boot table: not counted"
+        text = f"{self.used[row]} in use"
+        if self.cached[row] >= 0:
+            text += f" + ({self.number[row]} - {self.cached[row]}) to be handed out"
+        return f"{text} = {self.expected[row]}"
+
+
+def has_fragments(prog: Program) -> bool:
+    """Whether this kernel keeps several tables in a page and counts them in the descriptor."""
+    counted = ptdesc_has_member(prog, "pt_frag_refcount")
+    return counted and object_or_none(prog, "__pte_frag_nr") is not None
+
+
+def fragment_shapes(prog: Program) -> tuple[FragmentShape, FragmentShape]:
+    """
+    Get how PTE and PMD pages are divided: variables that the MMU's mode sets at boot.
+
+    :raises LookupError: if this kernel has no fragments
+    """
+    pte, pmd = (
+        FragmentShape(
+            int(prog[f"__{name}_frag_nr"].value_()),
+            1 << int(prog[f"__{name}_frag_size_shift"].value_()),
+        )
+        for name in _LEVELS
+    )
+    return pte, pmd
+
+
+def read_fragments(
+    prog: Program,
+    tables: Tables,
+    scan: MemmapScan,
+    *,
+    deposited: AddressArray = _NO_ADDRESSES,
+    pending: AddressArray = _NO_ADDRESSES,
+    gathered: AddressArray = _NO_ADDRESSES,
+    missing: tuple[str, ...] = (),
+) -> Fragments | None:
+    """
+    Count the fragments of every page, and compare.
+
+    :param deposited: uint64, physical addresses of spare tables of huge pages.
+    :param pending: uint64, physical addresses of tables that wait to be freed, as far as known.
+    :param gathered: uint64, physical addresses in batches on stacks, which may be what a stack
+        still has of a batch that is done: they count where the page's count needs them.
+    :param missing: What could not be seen of those, in sentences.
+    :return: ``None`` if this kernel has no fragments.
+    """
+    if not has_fragments(prog):
+        return None
+    shapes = fragment_shapes(prog)
+    shift = np.uint64(prog["PAGE_SHIFT"].value_())
+    there = np.flatnonzero((tables.state <= RowState.UNREADABLE) & (tables.level <= 1))
+    linked = tables.address[there]
+    memmap = Memmap(prog)
+    caches, unread = _read_caches(prog, tables, shapes, memmap)
+    good = [cache for cache in caches if cache.pfn is not None]
+    cache_pfns = np.array([cache.pfn for cache in good], np.uint64)
+    pfns = np.unique(
+        np.concatenate(
+            (
+                *(linked >> shift, deposited >> shift, pending >> shift),
+                *(cache_pfns, scan.pfns),
+            )
+        )
+    )
+    pages = _Pages(pfns)
+    place = np.searchsorted(pfns, linked >> shift)
+    count = len(pfns)
+    level, two_levels = lowest_by_page(count, place, tables.level[there].astype(np.int64))
+    # All mms' spaces differ, so two spaces of one page are two mms.
+    space, two_mms = lowest_by_page(count, place, mm_numbers(tables)[tables.space[there]])
+    cached = np.full(count, -1, np.int64)
+    cache_space = np.full(count, -1, np.int64)
+    for cache, here in zip(good, np.searchsorted(pfns, cache_pfns).tolist()):
+        if cached[here] >= 0:
+            pages.flag(np.array([here]), _TWO_CACHES)
+        cached[here], cache_space[here] = cache.fragment or 0, cache.space
+        level[here] = cache.level if level[here] < 0 else level[here]
+    # Only PTE tables are deposited.
+    level[np.searchsorted(pfns, deposited >> shift)] = 0
+    used, every = _count_distinct(pfns, shift, (linked, deposited, pending))
+    number = np.array([*(shape.number for shape in shapes), 0], np.int64)[level]
+    size = np.array([*(shape.size for shape in shapes), 1], np.uint64)[level]
+    refcount, boot, readable = _descriptors(prog, scan, memmap, pfns)
+    pages.flag(two_levels, _TWO_LEVELS)
+    pages.flag(two_mms, _TWO_MMS)
+    pages.flag(_beyond_cache(pfns, shift, every, cached, size), _BEYOND_CACHE)
+    pages.flag(_in_two(pfns, shift, (linked, deposited, pending)), _TWICE)
+    reserve = np.where(cached >= 0, number - cached, 0)
+    counted = readable & ~boot
+    perhaps = gathered[np.isin(gathered >> shift, pfns) & ~np.isin(gathered, every)]
+    most_gathered = _count(pfns, np.unique(perhaps) >> shift)
+    unseen = np.clip(refcount - used - reserve, 0, np.where(counted, most_gathered, 0))
+    used += unseen
+    waiting = _count(pfns, pending >> shift) + unseen
+    # The last fragment is back, and the page itself waits (pte_free_defer()).
+    counted &= ~((refcount == 0) & (waiting > 0))
+    pages.flag(readable & boot & (refcount != 0), _BOOT_COUNT)
+    most = np.where(number > 0, number, max(shape.number for shape in shapes))
+    pages.flag(counted & ((refcount < 1) | (refcount > most)), _IMPOSSIBLE)
+    pages.flag(counted & (refcount < used + reserve), _TOO_LOW)
+    pages.flag(counted & (refcount > used + reserve), _TOO_HIGH)
+    spaces = tables.spaces
+    caches = tuple(_with_owner(cache, spaces, space, pfns, scan) for cache in caches)
+    return Fragments(
+        tables=tables,
+        shapes=shapes,
+        caches=caches,
+        pfn=pfns,
+        descriptor=descriptor_indices(scan, pfns).astype(np.int64),
+        level=np.where(level < 0, UNKNOWN_LEVEL, level).astype(np.uint8),
+        space=np.where(space >= 0, space, cache_space),
+        number=number,
+        linked=_count(pfns, linked >> shift),
+        deposited=_count(pfns, deposited >> shift),
+        pending=waiting,
+        used=used,
+        cached=cached,
+        refcount=refcount,
+        boot=boot,
+        readable=readable,
+        problem=pages.problem,
+        missing=(*missing, *unread, *_missing(tables, readable)),
+    )
+
+
+class _Pages:
+    """The first problem of each page."""
+
+    def __init__(self, pfns: AddressArray) -> None:
+        self.problem = np.zeros(len(pfns), np.uint8)
+
+    def flag(self, where: npt.NDArray[np.intp] | BoolArray, problem: int) -> None:
+        marked = np.zeros(len(self.problem), np.bool_)
+        marked[where] = True
+        self.problem[marked & (self.problem == 0)] = problem
+
+
+def _count(pfns: AddressArray, of: AddressArray) -> npt.NDArray[np.int64]:
+    return np.bincount(np.searchsorted(pfns, of), minlength=len(pfns)).astype(np.int64)
+
+
+def _count_distinct(
+    pfns: AddressArray, shift: np.uint64, parts: tuple[AddressArray, ...]
+) -> tuple[npt.NDArray[np.int64], AddressArray]:
+    """By page: the number of fragments in use; and their addresses."""
+    every = np.unique(np.concatenate(parts))
+    return _count(pfns, every >> shift), every
+
+
+def _in_two(pfns: AddressArray, shift: np.uint64, parts: tuple[AddressArray, ...]) -> BoolArray:
+    """By page: whether a fragment is in more than one of the parts."""
+    each = np.concatenate([np.unique(part) for part in parts])
+    addresses, times = np.unique(each, return_counts=True)
+    twice: AddressArray = addresses[times > 1]
+    return _count(pfns, twice >> shift) > 0
+
+
+def _beyond_cache(
+    pfns: AddressArray,
+    shift: np.uint64,
+    used: AddressArray,
+    cached: npt.NDArray[np.int64],
+    size: npt.NDArray[np.uint64],
+) -> BoolArray:
+    """By page: whether a fragment at or behind the cache's pointer is in use."""
+    place = np.searchsorted(pfns, used >> shift)
+    within = used & np.uint64((1 << int(shift)) - 1)
+    fragment = (within // size[place]).astype(np.int64)
+    beyond = (cached[place] >= 0) & (fragment >= cached[place])
+    result = np.zeros(len(pfns), np.bool_)
+    result[place[beyond]] = True
+    return result
+
+
+def _descriptors(
+    prog: Program, scan: MemmapScan, memmap: Memmap, pfns: AddressArray
+) -> tuple[npt.NDArray[np.int64], BoolArray, BoolArray]:
+    """By page: ``pt_frag_refcount``, whether it is a boot table, whether it could be read."""
+    raw, readable = read_descriptors(prog, scan, memmap, pfns)
+    reserved = np.uint64(flags_bit(prog, "PG_reserved") or 0)
+    boot = (raw["pt_flags"] & reserved) != 0
+    return raw["pt_frag_refcount"].astype(np.int64), boot, readable
+
+
+def _read_caches(
+    prog: Program,
+    tables: Tables,
+    shapes: tuple[FragmentShape, FragmentShape],
+    memmap: Memmap,
+) -> tuple[tuple[FragmentCache, ...], list[str]]:
+    """Read the two cache pointers of every mm; those that are NULL are left out."""
+    numbers, mms = [], []
+    own = mm_numbers(tables)
+    for number, space in enumerate(tables.spaces):
+        if space.mm is not None and own[number] == number:
+            numbers.append(number)
+            mms.append(space.mm.address)
+    caches: list[FragmentCache] = []
+    missing = []
+    type_ = prog.type("struct mm_struct")
+    for level, name in enumerate(_LEVELS):
+        offset = np.uint64(offsetof(type_, f"context.{name}_frag"))
+        blocks = read_blocks(prog, np.array(mms, np.uint64) + offset, 8, physical=False)
+        pointers = blocks.data.reshape(-1).view(f"{byte_order(prog)}u8").tolist()
+        unread = int(np.count_nonzero(~blocks.readable))
+        if unread:
+            missing.append(f"{name}_frag of {unread} mms cannot be read")
+        for number, pointer in zip(numbers, pointers):
+            if pointer:
+                caches.append(_cache(prog, number, level, pointer, shapes[level], memmap))
+    return tuple(caches), missing
+
+
+def _cache(
+    prog: Program, space: int, level: int, pointer: int, shape: FragmentShape, memmap: Memmap
+) -> FragmentCache:
+    page = 1 << int(prog["PAGE_SHIFT"].value_())
+    physical = (pointer - direct_map_offset(prog)) & ((1 << 64) - 1)
+    pfn, fragment = physical // page, physical % page // shape.size
+    problem = ""
+    if not memmap.addresses(np.array([pfn], np.uint64))[1][0]:
+        problem = "points to no memory"
+    elif physical % shape.size:
+        problem = "does not point to the start of a fragment"
+    elif shape.number == 1 or not fragment:
+        # The first fragment is given to whoever allocates the page.
+        problem = "points to the first fragment of a page"
+    if problem:
+        return FragmentCache(space, level, pointer, None, None, problem)
+    return FragmentCache(space, level, pointer, pfn, fragment, "")
+
+
+def _with_owner(
+    cache: FragmentCache,
+    spaces: tuple[Space, ...],
+    space: npt.NDArray[np.int64],
+    pfns: AddressArray,
+    scan: MemmapScan,
+) -> FragmentCache:
+    """Check a cache against the fragments of its page."""
+    if cache.pfn is None:
+        return cache
+    pfn = np.array([cache.pfn], np.uint64)
+    owner = int(space[np.searchsorted(pfns, pfn)[0]])
+    if owner not in (-1, cache.space):
+        return _wrong(cache, f"points into a page of {spaces[owner].name}")
+    # PTE tables of the kernel are not typed everywhere: only since 7.x.
+    if descriptor_indices(scan, pfn)[0] < 0 and not spaces[cache.space].kernel:
+        return _wrong(cache, "points into a page that is no page table")
+    return cache
+
+
+def _wrong(cache: FragmentCache, problem: str) -> FragmentCache:
+    return FragmentCache(
+        cache.space, cache.level, cache.pointer, cache.pfn, cache.fragment, problem
+    )
+
+
+def _missing(tables: Tables, readable: BoolArray) -> Iterator[str]:
+    unread = int(np.count_nonzero(tables.state[tables.level > 0] == RowState.UNREADABLE))
+    if unread:
+        yield f"fragments below {unread} tables that cannot be read"
+    gone = int(np.count_nonzero(~readable))
+    if gone:
+        yield f"{gone} descriptors of fragment pages cannot be read"
