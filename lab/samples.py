@@ -67,6 +67,8 @@ SAMPLES: dict[str, Sample] = {
         moving=True,
     ),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
+    # Locks that are too large for a descriptor.
+    "x86_64-6.12-lockdep": Sample(_X86_APPEND, _X86_SMP),
     "s390x-6.12": Sample("init_on_free=1"),
     "s390x-6.1": Sample("init_on_free=1"),
     "s390x-7.3": Sample("init_on_free=1"),

@@ -49,7 +49,7 @@ class Holder(IntEnum):
     RCU = 3
     #: A list of tables to be freed.
     FREE_LIST = 4
-    #: A cache of table fragments (powerpc), or a half that waits to be freed (s390 up to 6.7).
+    #: A cache of table fragments (powerpc), or a half that waits to be freed (s390, 6.1).
     FRAGMENT_CACHE = 5
     #: A guest address space.
     GMAP = 6

@@ -4,19 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import click
-import numpy as np
 from drgn import Architecture, Program
 
 from ptinspect.cli.census import tree_census
 from ptinspect.cli.output import emit, format_option, target_heading
 from ptinspect.cli.spaces import SPACE_HELP, find_space
 from ptinspect.cli.target_options import chosen_target, target_options
-from ptinspect.faces.fragments import fragments_report, halves_report, no_fragments_report
-from ptinspect.faces.report import Report
-from ptinspect.reached import census_missing
+from ptinspect.faces.fragments import frags_report, no_fragments_report
 from ptinspect.state.fields import architecture
 from ptinspect.state.fragments import has_fragments
 from ptinspect.state.halves import has_halves
@@ -33,42 +28,23 @@ def command(problems: bool, space: str | None, limit: int | None, output_format:
     """
     Pages that hold several tables: which are in use, and whether the page's count agrees.
 
-    On powerpc a page holds many PTE or PMD tables, counted by pt_frag_refcount. On s390 up to 6.7 a
+    On powerpc a page holds many PTE or PMD tables, counted by pt_frag_refcount. On s390 as of 6.1 a
     page holds two PTE tables, kept in the upper byte of its reference count.
 
     Example: ptinspect --sample ppc64le-6.12 frags
     """
     with open_target(chosen_target()) as target:
-        report = _report(target.prog, target_heading(target), problems, space, limit)
+        prog, heading = target.prog, target_heading(target)
+        if not (has_fragments(prog) or has_halves(prog)):
+            return emit(no_fragments_report(_why_not(prog), heading), output_format)
+        census = tree_census(prog)
+        wanted = None
+        if space is not None:
+            wanted = census.tables.spaces.index(find_space(census.spaces, space))
+        report = frags_report(
+            census, heading, racing=target.racing, problems=problems, space=wanted, limit=limit
+        )
     return emit(report, output_format)
-
-
-def _report(
-    prog: Program, heading: str, problems: bool, space: str | None, limit: int | None
-) -> Report:
-    if not (has_fragments(prog) or has_halves(prog)):
-        return no_fragments_report(_why_not(prog), heading)
-    census = tree_census(prog)
-    stories = census.stories
-    fragments = stories.fragments
-    story = stories.halves if fragments is None else fragments
-    assert story is not None
-    wanted = np.ones(len(story), np.bool_)
-    if problems:
-        wanted &= story.problem != 0
-    if space is not None:
-        wanted &= story.space == census.tables.spaces.index(find_space(census.spaces, space))
-    rows = np.flatnonzero(wanted)[:limit]
-    missing = _together(census_missing(census), story.missing)
-    if fragments is not None:
-        return fragments_report(fragments, rows, missing, heading)
-    assert stories.halves is not None
-    return halves_report(stories.halves, rows, missing, heading)
-
-
-def _together(*parts: Sequence[str]) -> list[str]:
-    """Sentences of all parts, each once."""
-    return list(dict.fromkeys(sentence for part in parts for sentence in part))
 
 
 def _why_not(prog: Program) -> str:
@@ -76,7 +52,7 @@ def _why_not(prog: Program) -> str:
     if arch == Architecture.S390X:
         return (
             "this kernel has one page table in each page "
-            "(mm_context_t has no pgtable_list; two tables shared a page up to 6.7)"
+            "(mm_context_t has no pgtable_list; in 6.1 two shared a page)"
         )
     if arch == Architecture.PPC64:
         return "this kernel does not count fragments (no __pte_frag_nr)"

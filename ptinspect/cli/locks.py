@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 import click
-import numpy as np
 
 from ptinspect.cli.census import tree_census
 from ptinspect.cli.output import emit, format_option, target_heading
 from ptinspect.cli.spaces import SPACE_HELP, find_space
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.locks import locks_report
-from ptinspect.reached import census_missing
 from ptinspect.target import open_target
 
 
@@ -33,19 +31,15 @@ def command(show_all: bool, space: str | None, limit: int | None, output_format:
     """
     with open_target(chosen_target()) as target:
         census = tree_census(target.prog)
-        locks = census.stories.locks
-        rows = locks.notable()
-        if show_all:
-            rest = np.setdiff1d(np.arange(len(locks)), rows)
-            rows = np.concatenate((rows, rest))
+        wanted = None
         if space is not None:
-            number = census.tables.spaces.index(find_space(census.spaces, space))
-            rows = rows[locks.space[rows] == number]
+            wanted = census.tables.spaces.index(find_space(census.spaces, space))
         report = locks_report(
-            locks,
-            rows[:limit],
-            list(dict.fromkeys([*census_missing(census), *locks.missing])),
+            census,
             target_heading(target),
             racing=target.racing,
+            every=show_all,
+            space=wanted,
+            limit=limit,
         )
     return emit(report, output_format)

@@ -5,11 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from ptinspect.census import Census
+from ptinspect.faces.racing import doubtful
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+from ptinspect.reached import census_missing
 from ptinspect.state.fragments import PAGE_PROBLEMS, UNKNOWN_LEVEL, Fragments
 from ptinspect.state.halves import (
     BOTH,
@@ -27,6 +31,43 @@ def no_fragments_report(reason: str, target: str) -> Report:
     return Report("frags", target, (), notes=(f"Not applicable to {target}: {reason}",))
 
 
+def frags_report(
+    census: Census,
+    target: str,
+    *,
+    racing: bool,
+    problems: bool = False,
+    space: int | None = None,
+    limit: int | None = None,
+) -> Report:
+    """
+    Lay out the pages that hold several tables.
+
+    :param problems: Whether to list only pages in which something is wrong.
+    :param space: Index of the only space that is wanted.
+    :param limit: The most pages to list.
+    :raises ValueError: if this kernel has no such pages
+    """
+    fragments, halves = census.stories.fragments, census.stories.halves
+    story = halves if fragments is None else fragments
+    if story is None:
+        raise ValueError("this kernel has no pages with several tables")
+    wanted = np.ones(len(story), np.bool_)
+    if problems:
+        wanted &= story.problem != 0
+    if space is not None:
+        wanted &= story.space == space
+    rows = np.flatnonzero(wanted)[:limit]
+    if fragments is not None:
+        report = _fragments_report(fragments, rows, target)
+    else:
+        assert halves is not None
+        report = _halves_report(halves, rows, target)
+    findings, notes = doubtful(report.findings, racing=racing)
+    missing = tuple(dict.fromkeys((*census_missing(census), *story.missing)))
+    return replace(report, notes=[*report.notes, *notes], findings=findings, missing=missing)
+
+
 def _level_name(fragments: Fragments, level: int) -> str | None:
     return None if level == UNKNOWN_LEVEL else fragments.tables.paging.levels[level].name
 
@@ -35,14 +76,7 @@ def _space_name(story: Fragments | Halves, space: int) -> str | None:
     return None if space < 0 else story.tables.spaces[space].name
 
 
-def fragments_report(
-    fragments: Fragments, rows: npt.NDArray[np.intp], missing: Sequence[str], target: str
-) -> Report:
-    """
-    Lay out powerpc's pages of fragments.
-
-    :param rows: The pages to list.
-    """
+def _fragments_report(fragments: Fragments, rows: npt.NDArray[np.intp], target: str) -> Report:
     return Report(
         "frags",
         target,
@@ -101,7 +135,6 @@ def fragments_report(
             "The count of a page is the fragments in use, and those from a cache's pointer on. "
             "Free ones that no cache leads to are lost until the whole page is free.",
         ),
-        missing=missing,
         findings=list(_fragment_findings(fragments)),
     )
 
@@ -171,14 +204,7 @@ def _fragment_findings(fragments: Fragments) -> Iterator[str]:
             yield f"{member} of {name} ({cache.pointer:#x}) {cache.problem}"
 
 
-def halves_report(
-    halves: Halves, rows: npt.NDArray[np.intp], missing: Sequence[str], target: str
-) -> Report:
-    """
-    Lay out s390's pages of two tables.
-
-    :param rows: The pages to list.
-    """
+def _halves_report(halves: Halves, rows: npt.NDArray[np.intp], target: str) -> Report:
     on_the_way = int(np.count_nonzero(halves.on_the_way))
     notes = [
         f"{len(rows)} of {len(halves)} pages",
@@ -234,7 +260,6 @@ def halves_report(
             ),
         ),
         notes=notes,
-        missing=missing,
         findings=list(_half_findings(halves)),
     )
 

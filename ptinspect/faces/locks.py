@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ptinspect.census import Census
+from ptinspect.faces.racing import doubtful
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+from ptinspect.reached import census_missing
 from ptinspect.state.lock_queues import CpuTask
 from ptinspect.state.locks import LOCK_PROBLEMS, UNKNOWN_LEVEL, LockKind, Locks
 
@@ -18,21 +21,30 @@ _MOST_FINDINGS = 20
 
 
 def locks_report(
-    locks: Locks,
-    rows: npt.NDArray[np.intp],
-    missing: Sequence[str],
+    census: Census,
     target: str,
     *,
     racing: bool,
+    every: bool = False,
+    space: int | None = None,
+    limit: int | None = None,
 ) -> Report:
     """
     Lay out the locks of one target.
 
-    :param rows: The locks to list.
+    :param every: Whether to list the locks that nobody has or wants, too.
+    :param space: Index of the only space that is wanted.
+    :param limit: The most locks to list.
     """
-    notes = [f"{len(rows)} of {len(locks)} locks"]
-    if racing:
-        notes.append("The target was running while it was read: locks are taken and given back.")
+    locks = census.stories.locks
+    rows = locks.notable()
+    if every:
+        rows = np.concatenate((rows, np.setdiff1d(np.arange(len(locks)), rows)))
+    if space is not None:
+        rows = rows[locks.space[rows] == space]
+    rows = rows[:limit]
+    findings, doubts = doubtful(list(_findings(locks)), racing=racing)
+    notes = [f"{len(rows)} of {len(locks)} locks", *doubts]
     if len(locks.kernel_used):
         notes.append(
             f"The ptl of {len(locks.kernel_used)} kernel tables is not empty, though this kernel "
@@ -88,8 +100,8 @@ def locks_report(
             ),
         ),
         notes=notes,
-        missing=missing,
-        findings=list(_findings(locks)),
+        missing=tuple(dict.fromkeys((*census_missing(census), *locks.missing))),
+        findings=findings,
     )
 
 

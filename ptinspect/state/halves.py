@@ -1,7 +1,7 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-s390 up to 6.7: two PTE tables of 2 KiB in a page, kept in the upper byte of its ``_refcount``.
+s390 as of 6.1: two PTE tables of 2 KiB in a page, kept in the upper byte of its ``_refcount``.
 
 Bits 24 and 25 say that the lower and the upper half are allocated, bits 28 and 29 that they wait
 to be freed; an allocated half does not wait. A page with one allocated half is on

@@ -445,11 +445,10 @@ def _read_locks(prog: Program, addresses: AddressArray, size: int) -> _Block:
 
 def _outside_cache(prog: Program, addresses: AddressArray) -> BoolArray:
     """Which addresses are not those of objects of the cache that the locks come from."""
-    outside = np.zeros(len(addresses), np.bool_)
     # static in mm/memory.c, if locks are allocated.
     cache = object_or_none(prog, "page_ptl_cachep")
     if cache is None:
-        return outside
+        return np.zeros(len(addresses), np.bool_)
     page = np.uint64(1 << int(prog["PAGE_SHIFT"].value_()))
     cache = cache.read_()
     size = np.uint64(cache.size.value_())
@@ -459,13 +458,9 @@ def _outside_cache(prog: Program, addresses: AddressArray) -> BoolArray:
         # Only with CONFIG_SLUB_DEBUG.
         padding = 0
     pages, member = np.unique(addresses // page, return_inverse=True)
-    for number, first in enumerate(pages.tolist()):
-        here = member.reshape(-1) == number
-        base = _slab_base(prog, first * int(page), cache)
-        if base is None:
-            outside[here] = True
-        else:
-            outside[here] = (addresses[here] - np.uint64(base + padding)) % size != 0
+    bases = [_slab_base(prog, first * int(page), cache) for first in pages.tolist()]
+    base = np.array([0 if b is None else b + padding for b in bases], np.uint64)[member.reshape(-1)]
+    outside: BoolArray = (base == 0) | ((addresses - base) % size != 0)
     return outside
 
 
