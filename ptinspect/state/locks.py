@@ -298,7 +298,12 @@ def read_locks(prog: Program, tables: Tables, scan: MemmapScan) -> Locks:
     found = _table_locks(prog, scan, rows, level[rows], home, shape)
     mm_spaces = np.array(_mm_spaces(tables), np.int64)
     mm_locks = _mm_locks(prog, tables, mm_spaces, shape)
-    both = _Raw(*(np.concatenate(pair) for pair in zip(found, mm_locks)))
+    both = _Raw(
+        np.concatenate((found.address, mm_locks.address)),
+        np.concatenate((found.data, mm_locks.data)),
+        np.concatenate((found.readable, mm_locks.readable)),
+        np.concatenate((found.problem, mm_locks.problem)),
+    )
     words, word, owner, sleepers = _decode(prog, shape, both)
     unread = int(np.count_nonzero(~both.readable & (both.problem == 0)))
     if unread:
