@@ -49,6 +49,7 @@ from ptinspect.lists import walk_list
 from ptinspect.locate import locate_physical, locate_ptdesc
 from ptinspect.state.deposits import for_each_deposited_pgtable
 from ptinspect.state.fields import describe_ptdesc
+from ptinspect.state.lists import for_each_pgd_list_ptdesc
 from ptinspect.summary import summarise
 from ptinspect.tables.counters import read_nr_pagetable
 from ptinspect.tables.lookup import (
@@ -79,6 +80,7 @@ __all__ = (
     "describe_ptdesc",
     "find_spaces",
     "for_each_deposited_pgtable",
+    "for_each_pgd_list_ptdesc",
     "locate_physical",
     "locate_ptdesc",
     "map_space",

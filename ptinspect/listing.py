@@ -28,6 +28,7 @@ from ptinspect.state.fields import (
     ptdesc_flag_names,
     typed_levels,
 )
+from ptinspect.state.lists import Role
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan
 
@@ -38,10 +39,12 @@ COMPUTED_COLUMNS = ("pfn", "ptdesc", "phys", "address", "order", "node", "level"
 #: space: the first that reaches the table, reached: by how many entries and roots, va: the first
 #: address that the table translates there, holder: what accounts for it,
 #: used: entries in use, fill: those in percent, empty: 1 if there are none, remote: mapped pages
-#: that lie on other nodes than the table.
+#: that lie on other nodes than the table, role: what the bytes of pt_list are, deposits: spare
+#: tables that hang on a PMD table, deposits_needed: its huge pages that need one.
 CENSUS_COLUMNS = (
     *("space", "reached", "va", "holder"),
     *("used", "fill", "empty", "remote"),
+    *("role", "deposits", "deposits_needed"),
 )
 
 #: Shown when no columns are chosen.
@@ -182,6 +185,11 @@ class Listing:
             return ColumnData(holders[census.holder], everywhere, False)
         if name == "va":
             return ColumnData(census.tables.va[census.first_rows()], first >= 0, True)
+        if name == "role":
+            roles = np.array([role.name.lower() for role in Role])
+            return ColumnData(roles[census.stories.lists.roles], everywhere, False)
+        if name in ("deposits", "deposits_needed"):
+            return self._deposits(census, name)
         counts = census.entry_counts()
         total = counts.sum(axis=1, dtype=np.int64)
         used = total - counts[:, EntryClass.NONE]
@@ -192,6 +200,17 @@ class Listing:
         if name == "fill":
             return ColumnData(used * 100 // np.maximum(total, 1), total > 0, False)
         return ColumnData(self._remote(census), total > 0, False)
+
+    def _deposits(self, census: Census, name: str) -> ColumnData:
+        """Deposited tables on, or needed by, the PMD tables of each descriptor."""
+        values = np.zeros(len(self), np.int64)
+        story = census.stories.deposits
+        for ring in story.rings:
+            index = np.searchsorted(self._scan.addresses, np.uint64(ring.ptdesc or 0))
+            if index < len(self) and self._scan.addresses[index] == ring.ptdesc:
+                values[index] = len(ring.tables) if name == "deposits" else ring.needed
+        has_ring = (self.column("level").values == "PMD") & ~self._bare()
+        return ColumnData(values, has_ring & story.supported & (not story.in_mm), False)
 
     def _remote(self, census: Census) -> npt.NDArray[Any]:
         """Pages that the tables of each descriptor map on other nodes than their own."""

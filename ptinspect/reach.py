@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from drgn import Program
+from drgn import FaultError, Program
 
 from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
+from ptinspect.errors import PtinspectError
 from ptinspect.kernel.paging import Paging
 from ptinspect.reached import census_missing
+from ptinspect.state.told import Told
 from ptinspect.tables.contents import Contents, read_contents
 from ptinspect.tables.lookup import TableOwner, table_owners, tables_within
 from ptinspect.tables.spaces import Space
@@ -31,6 +33,8 @@ class Reach:
     #: The kernel's name of the level; ``None`` if it is not reached.
     level: str | None
     missing: tuple[str, ...]
+    #: What the stories say of the descriptor.
+    told: tuple[Told, ...]
 
     @property
     def of_kernel(self) -> bool:
@@ -38,11 +42,11 @@ class Reach:
         return any(self.spaces[owner.space].kernel for owner in self.owners)
 
 
-def reach_of(prog: Program, census: Census, pfn: int, order: int) -> Reach:
+def reach_of(prog: Program, census: Census, pfn: int, ptdesc: int, order: int) -> Reach:
     """
     Find what reaches the tables of a page.
 
-    :param pfn: The head page.
+    :param pfn: The head page, and *ptdesc* the address of its descriptor.
     """
     page_bytes = census.paging.page_bytes
     first, end = pfn * page_bytes, (pfn + (1 << order)) * page_bytes
@@ -59,13 +63,22 @@ def reach_of(prog: Program, census: Census, pfn: int, order: int) -> Reach:
         elif found:
             missing.append(f"the table at {address:#x} cannot be read")
     index = census.index_of_pfn(pfn)
+    holder = None if index is None else Holder(int(census.holder[index]))
     level = owners[0].level if owners else UNKNOWN_LEVEL
+    if holder is Holder.DEPOSIT:
+        level = 0
+    told: tuple[Told, ...] = ()
+    try:
+        told = census.stories.told(pfn, ptdesc)
+    except (FaultError, LookupError, PtinspectError) as error:
+        missing.append(f"what its members say could not be read: {error}")
     return Reach(
         paging=census.paging,
         spaces=tables.spaces,
         owners=tuple(owners),
         contents=tuple(contents),
-        holder=None if index is None else Holder(int(census.holder[index])).name.lower(),
+        holder=None if holder is None else holder.name.lower(),
         level=None if level == UNKNOWN_LEVEL else census.paging.levels[level].name,
         missing=tuple(missing),
+        told=told,
     )

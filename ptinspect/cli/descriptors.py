@@ -149,9 +149,11 @@ def show_command(
         if seen.problem is not None:
             missing = (f"the tables could not be walked: {seen.problem}",)
         if seen.census is not None:
-            reach = reach_of(target.prog, seen.census, descriptor.pfn, descriptor.order)
+            reach = reach_of(
+                target.prog, seen.census, descriptor.pfn, descriptor.ptdesc, descriptor.order
+            )
             descriptor = describe_ptdesc(
-                located.ptdesc, level or reach.level, of_kernel=reach.of_kernel
+                located.ptdesc, level or reach.level, of_kernel=reach.of_kernel, told=reach.told
             )
             missing = reach.missing
         report = show_report(

@@ -133,9 +133,15 @@ def show_report(
             ),
             *(() if reach is None else _reach_tables(reach, entries)),
         ),
-        notes=notes,
+        notes=[*notes, *_told(reach)],
         missing=missing,
     )
+
+
+def _told(reach: Reach | None) -> Iterator[str]:
+    for what in () if reach is None else reach.told:
+        if not what.member:
+            yield f"{what.text}."
 
 
 def _reach_tables(reach: Reach, entries: int) -> Iterator[Table]:

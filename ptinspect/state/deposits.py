@@ -36,6 +36,7 @@ from ptinspect.lists import ListBreak, walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.state.huge_leaves import HugePage, read_huge_leaves
 from ptinspect.state.pmd_tables import PmdTables
+from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.walk import Tables
 
@@ -292,6 +293,25 @@ def _without_crossings(rings: list[DepositRing], tables: Tables) -> Iterator[Dep
         elif in_tree and problem is None:
             problem = f"table {in_tree[0]:#x} is linked in a page-table tree too"
         yield ring if problem is ring.problem else replace(ring, problem=problem)
+
+
+def tell_deposits(story: Deposits, tables: Tables, pfn: int, ptdesc: int) -> Iterator[Told]:
+    """Say what a descriptor's page has to do with deposits."""
+    page_bytes = tables.paging.page_bytes
+    for ring in story.rings:
+        name = ring_name(ring, tables)
+        if ring.ptdesc == ptdesc:
+            text = f"first of {len(ring.tables)} deposited tables, {ring.needed} needed"
+            if ring.problem is not None:
+                text += f"; broken: {ring.problem}"
+            yield Told(text, "pmd_huge_pte")
+        for position, table in enumerate(ring.tables):
+            if table // page_bytes == pfn:
+                text = f"deposited for {name} at ring position {position}"
+                if story.node_in_table:
+                    yield Told(f"table {table:#x} in it is {text}")
+                else:
+                    yield Told(text, "pt_list")
 
 
 def for_each_deposited_pgtable(pt: Object) -> Iterator[Object]:

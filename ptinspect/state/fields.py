@@ -11,8 +11,8 @@ architectures' pgalloc.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from ptinspect.kernel.direct_map import direct_map_offset, physical_to_virtual
 from ptinspect.kernel.layout import describe_ptl
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.records import Descriptor, Field, FieldState
+from ptinspect.state.told import Told
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan, compound_orders
 
@@ -69,7 +70,13 @@ def architecture(prog: Program) -> Architecture:
     return prog.platform.arch
 
 
-def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = False) -> Descriptor:
+def describe_ptdesc(
+    pt: Object,
+    level: str | None = None,
+    *,
+    of_kernel: bool = False,
+    told: Sequence[Told] = (),
+) -> Descriptor:
     """
     Decode one descriptor, as far as it and its neighbours in lists tell.
 
@@ -77,6 +84,8 @@ def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = F
     :param level: The table's level where it is known from a walk; else it is told from the
         descriptor if that is possible.
     :param of_kernel: Whether a walk found it in the kernel's address space.
+    :param told: What the stories of a census say of it (:meth:`Stories.told`), which goes before
+        what the descriptor tells by itself.
     :return: Every member that any kernel has, with its state here.
     :raises FaultError: if the descriptor itself cannot be read
     """
@@ -105,7 +114,7 @@ def describe_ptdesc(pt: Object, level: str | None = None, *, of_kernel: bool = F
         order=int(order[0]) if order_known[0] else 0,
         node=int(page_nodes(prog, raw["pt_flags"])[0]),
         level=level,
-        fields=tuple(_field(facts, name) for name in MEMBER_NAMES),
+        fields=tuple(_told_field(_field(facts, name), told) for name in MEMBER_NAMES),
     )
 
 
@@ -197,6 +206,13 @@ def _field(facts: _Facts, name: str) -> Field:
     else:
         state, text = _RULES[name](facts)
     return Field(name, member.type.type_name(), member.offset, raw, state, text)
+
+
+def _told_field(field: Field, told: Sequence[Told]) -> Field:
+    texts = [what.text for what in told if what.member == field.name]
+    if not texts or field.state is FieldState.ABSENT:
+        return field
+    return replace(field, state=FieldState.VALUE, text="; ".join(texts))
 
 
 def _as_int(value: np.generic) -> int:

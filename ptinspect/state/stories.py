@@ -17,13 +17,17 @@ import numpy as np
 from drgn import Program
 
 from ptinspect.memory import AddressArray
-from ptinspect.state.deposits import Deposits, read_deposits
+from ptinspect.state.deposits import Deposits, read_deposits, tell_deposits
 from ptinspect.state.fragments import Fragments, read_fragments
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
 from ptinspect.state.halves import Halves, read_halves
+from ptinspect.state.lists import Lists, read_lists, tell_lists
 from ptinspect.state.locks import Locks, read_locks
+from ptinspect.state.owners import Owners, read_owners, tell_owners
 from ptinspect.state.pending import Pending, Way, read_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
+from ptinspect.state.sharing import Sharing, read_sharing, tell_sharing
+from ptinspect.state.told import Told
 from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.walk import Tables
 
@@ -61,6 +65,21 @@ class Stories:
     def deposits(self) -> Deposits:
         """The spare tables of huge pages."""
         return read_deposits(self.prog, self.tables, self.pmd_tables)
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """PMD tables that several entries point to."""
+        return read_sharing(self.prog, self.tables, self.pmd_tables)
+
+    @cached_property
+    def lists(self) -> Lists:
+        """The lists that descriptors are on."""
+        return read_lists(self.prog, self.tables, self.scan, self.pmd_tables, self.deposits)
+
+    @cached_property
+    def owners(self) -> Owners:
+        """The root tables of mms, and the mms that they name."""
+        return read_owners(self.prog, self.tables, self.lists)
 
     @cached_property
     def pending(self) -> Pending:
@@ -110,6 +129,20 @@ class Stories:
             if story is not None:
                 return story
         return _Nothing()
+
+    def told(self, pfn: int, ptdesc: int) -> tuple[Told, ...]:
+        """
+        What the stories say of one descriptor.
+
+        :param pfn: Page frame of its first page.
+        :param ptdesc: Its address.
+        """
+        return (
+            *tell_deposits(self.deposits, self.tables, pfn, ptdesc),
+            *tell_lists(self.lists, pfn),
+            *tell_owners(self.owners, self.tables, ptdesc),
+            *tell_sharing(self.sharing, self.tables, ptdesc),
+        )
 
 
 @dataclass(frozen=True)
