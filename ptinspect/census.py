@@ -308,7 +308,7 @@ def take_census(
         visitor=visitor,
     )
     census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
-    return replace(census, holders_missing=tuple(_ask_holders(census)))
+    return replace(census, holders_missing=tuple(dict.fromkeys(_ask_holders(census))))
 
 
 def _with_guests(prog: Program, spaces: SpaceList) -> SpaceList:

@@ -114,8 +114,13 @@ def test_pages_of_a_pgd(sample: Sample) -> None:
     for owner in owners(sample).pgds:
         page = pfn_to_page(sample.prog, owner.table // page_bytes)
         if is_x86(sample):
-            assert owner.pages == (2 if isolated else 1)
             assert owner.user_half == (owner.table + page_bytes if isolated else None)
+            if owner.pages == 2 and not isolated:
+                # Built in, switched off: up to 6.13 the second page is there and unused.
+                assert sample.prog.symbol("__pti_set_user_pgtbl")
+                assert not any(sample.prog.read(owner.table + page_bytes, page_bytes, True))
+            else:
+                assert owner.pages == (2 if isolated else 1)
         elif walked(sample).paging.architecture == "s390x":
             assert owner.pages == 4
         else:
