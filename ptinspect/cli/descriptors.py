@@ -14,6 +14,8 @@ from ptinspect.cli.spaces import find_space
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.errors import UsageError
 from ptinspect.faces.descriptors import list_report, show_report
+from ptinspect.faces.orphans import orphans_notes, orphans_table
+from ptinspect.faces.report import Table
 from ptinspect.listing import (
     CENSUS_COLUMNS,
     COMPUTED_COLUMNS,
@@ -22,6 +24,7 @@ from ptinspect.listing import (
     Listing,
 )
 from ptinspect.locate import locate_ptdesc
+from ptinspect.orphans import describe_orphans
 from ptinspect.reach import reach_of
 from ptinspect.reached import census_missing, scan_missing
 from ptinspect.state.fields import describe_ptdesc
@@ -53,7 +56,9 @@ _LEVEL = click.Choice(["PTE", "PMD", "PUD", "P4D", "PGD"], case_sensitive=False)
 @click.option("--sort", metavar="COLUMN", help="Sort by a column; -COLUMN: largest first.")
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="At most N rows.")
 @click.option("--space", metavar="NAME", help="Only tables that this space reaches: PID or kernel.")
-@click.option("--orphan", is_flag=True, help="Only what no address space reaches.")
+@click.option(
+    "--orphan", is_flag=True, help="Only what nothing accounts for, and what is known of it."
+)
 @walk_option
 @format_option
 def list_command(
@@ -101,7 +106,16 @@ def list_command(
         missing = scan_missing(seen.scan) if seen.census is None else census_missing(seen.census)
         if seen.problem is not None:
             missing.append(f"the tables could not be walked: {seen.problem}")
-        report = list_report(listing, names, rows, missing, target_heading(target))
+        extra: list[Table] = []
+        notes: list[str] = []
+        if orphan and seen.census is not None:
+            known = describe_orphans(target.prog, seen.census)
+            extra.append(orphans_table(known))
+            notes.extend(orphans_notes(known))
+            missing.extend(known.missing)
+        report = list_report(
+            listing, names, rows, missing, target_heading(target), more=extra, notes=notes
+        )
     return emit(report, output_format)
 
 

@@ -28,14 +28,22 @@ def list_report(
     rows: npt.NDArray[np.intp],
     missing: Sequence[str],
     target: str,
+    *,
+    more: Sequence[Table] = (),
+    notes: Sequence[str] = (),
 ) -> Report:
-    """Lay out chosen columns of chosen descriptors."""
+    """
+    Lay out chosen columns of chosen descriptors.
+
+    :param more: Tables that belong to the answer.
+    :param notes: Sentences that do.
+    """
     columns = [Column(name, _kind(listing, name)) for name in names]
     return Report(
         "list",
         target,
-        (Table("descriptors", columns, _rows(listing, names, rows)),),
-        notes=(f"{len(rows)} of {len(listing)} descriptors ({target})",),
+        (Table("descriptors", columns, _rows(listing, names, rows)), *more),
+        notes=(f"{len(rows)} of {len(listing)} descriptors ({target})", *notes),
         missing=missing,
     )
 

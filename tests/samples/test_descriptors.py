@@ -16,7 +16,7 @@ from ptinspect.state.fields import typed_levels
 from ptinspect.target import sample_names
 
 REQUIRED = {
-    *("x86_64-7.3", "x86_64-6.1", "x86_64-6.12-lockdep"),
+    *("x86_64-7.3", "x86_64-7.3-load", "x86_64-6.1", "x86_64-6.12-lockdep"),
     *("s390x-6.12", "arm64-7.3", "ppc64le-6.12"),
 }
 
