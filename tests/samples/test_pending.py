@@ -204,7 +204,11 @@ def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
     """A table taken out of its tree, whose address lies on the stack of the first CPU's task."""
     prog = sample.prog
     before = take_census(prog, leaf_counts=False)
-    index = int(np.flatnonzero((before.level == 0) & (before.reached_counts() == 1))[0])
+    alone = (before.level == 0) & (before.reached_counts() == 1)
+    alone &= ~np.isin(before.scan.pfns, before.stories.parted_pages.held_pfns)
+    if not alone.any():
+        pytest.skip("every page with one table is somebody's cache of fragments too")
+    index = int(np.flatnonzero(alone)[0])
     row = int(before.rows_of(index)[0])
     entry = int(before.tables.entry_address[row])
     none = 0x20 if sample.name.startswith("s390x") else 0
