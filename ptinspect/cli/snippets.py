@@ -155,6 +155,53 @@ for number, space in enumerate(spaces.spaces):
     )
 
 
+def _lists(code: DrgnCodeBuilder, *, pgd: bool, **_: Any) -> None:
+    _stories(code)
+    if pgd:
+        code.append(
+            """\
+for owner in stories.owners.pgds:
+    print(hex(owner.table), owner.position, owner.pt_mm, owner.verdict.value)
+"""
+        )
+        return
+    code.append(
+        """\
+print(len(stories.lists.lists), "lists")
+for found in stories.lists.lists:
+    print(found.name, hex(found.head), [hex(pt) for pt in found.ptdescs], found.problems)
+"""
+    )
+
+
+def _deposits(code: DrgnCodeBuilder, **_: Any) -> None:
+    _stories(code)
+    code.append(
+        """\
+print(len(stories.deposits.rings), "rings")
+for ring in stories.deposits.rings:
+    print(hex(ring.pmd_tables[0]), [hex(t) for t in ring.tables], ring.needed, ring.problem)
+"""
+    )
+
+
+def _sharing(code: DrgnCodeBuilder, **_: Any) -> None:
+    _stories(code)
+    code.append(
+        """\
+print(len(stories.sharing.tables), "shared tables")
+for shared in stories.sharing.tables:
+    names = [census.tables.spaces[sharer.space].name for sharer in shared.sharers]
+    print(hex(shared.table), shared.count, names, [file.path for file in shared.files])
+"""
+    )
+
+
+def _stories(code: DrgnCodeBuilder) -> None:
+    code.add_from_import("ptinspect", "take_census")
+    code.append("census = take_census(prog, leaf_counts=False)\nstories = census.stories\n")
+
+
 def _layout(code: DrgnCodeBuilder, **_: Any) -> None:
     code.add_from_import("ptinspect", "ptdesc_layout")
     code.append(
@@ -190,11 +237,14 @@ def _space_of(spaces: str, name: str) -> str:
 
 #: By the command's name; a command that is not here has no ``--drgn``.
 SNIPPETS: dict[str, Snippet] = {
+    "deposits": _deposits,
     "layout": _layout,
     "list": _list,
+    "lists": _lists,
     "map": _map,
     "owner": _owner,
     "ps": _ps,
+    "sharing": _sharing,
     "show": _show,
     "summary": _summary,
     "walk": _walk,

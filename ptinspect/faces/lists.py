@@ -12,7 +12,7 @@ from ptinspect.census import Census
 from ptinspect.faces.racing import doubtful
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 from ptinspect.reached import census_missing
-from ptinspect.state.lists import Lists, Role
+from ptinspect.state.lists import Lists, Role, WordList
 from ptinspect.state.owners import Owners, PgdOwner
 from ptinspect.tables.spaces import SpaceKind
 
@@ -57,7 +57,7 @@ def lists_report(census: Census, target: str, *, nodes: bool) -> Report:
                         found.before_break if found.problems else None,
                         "broken" if found.problems else "whole",
                     )
-                    for found in story.lists
+                    for found in _shown(story)
                 ],
                 f"Lists of descriptors, every link checked both ways ({target})",
             ),
@@ -87,6 +87,13 @@ def lists_report(census: Census, target: str, *, nodes: bool) -> Report:
     )
 
 
+def _shown(story: Lists) -> Iterator[WordList]:
+    """Leave out the lists of mms that are empty, as nearly all of them are."""
+    for found in story.lists:
+        if found.pfns or found.problems or found.role is not Role.PGTABLE_LIST:
+            yield found
+
+
 def _new_missing(census: Census, missing: tuple[str, ...]) -> Iterator[str]:
     """Leave out what the census itself said already: it follows pgd_list to find mms."""
     said = set(census_missing(census))
@@ -96,6 +103,9 @@ def _new_missing(census: Census, missing: tuple[str, ...]) -> Iterator[str]:
 def _notes(story: Lists) -> Iterator[str]:
     if not story.lists:
         yield "This kernel keeps no list of descriptors (pgd_list is x86's)."
+    empty = len(story.lists) - len(list(_shown(story)))
+    if empty:
+        yield f"{empty} more mms have an empty pgtable_list."
     if story.free_work_pending is not None:
         state = "is queued" if story.free_work_pending else "is not queued"
         yield f"kernel_pgtable_work {state}; tables on its list are not typed any more."

@@ -1,50 +1,60 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""docs/scripting.md: its code runs on every sample, and prints what it says there."""
+"""The guides for scripts: their code runs on every sample, and prints what they say there."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import drgn
+import pytest
 from drgn.cli import default_globals
 from opened import Sample
 
 import ptinspect
 
-GUIDE = Path(__file__).parents[2] / "docs" / "scripting.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
-#: The sample whose answers are shown.
+#: The sample whose answers are shown where a block of text does not name another.
 SHOWN = "x86_64-7.3"
 
-_BLOCK = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.S)
+_BLOCK = re.compile(r"```python\n(.*?)```\n(?:```text(?: (\S+))?\n(.*?)```)?", re.S)
 
 
-def answers(sample: Sample) -> list[tuple[str, str, str]]:
-    """Run the guide from its beginning to its end: code, what it should print, what it prints."""
+class Block(NamedTuple):
+    code: str
+    #: The sample on which it prints *expected*; on others it only has to run.
+    shown: str
+    expected: str | None
+
+
+def blocks(guide: Path) -> Iterator[Block]:
+    text = guide.read_text()
+    found = _BLOCK.findall(text)
+    assert text.count("```python\n") == len(found)
+    for code, shown, expected in found:
+        yield Block(code, shown or SHOWN, expected or None)
+
+
+@pytest.mark.parametrize(("guide", "least"), [("scripting.md", 10), ("stories.md", 4)])
+def test_guide(sample: Sample, guide: str, least: int) -> None:
+    """Run a guide from its beginning to its end."""
     names: dict[str, Any] = default_globals(sample.prog)
     names.update({name: getattr(ptinspect, name) for name in ptinspect.__all__})
-    text = GUIDE.read_text()
-    assert text.count("```python\n") == len(_BLOCK.findall(text))
-    found = []
-    for code, expected in _BLOCK.findall(text):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, str(GUIDE), "exec"), names)
-        found.append((code, expected, out.getvalue()))
-    return found
-
-
-def test_guide(sample: Sample) -> None:
     drgn.set_default_prog(sample.prog)
+    count = 0
     try:
-        found = answers(sample)
+        for block in blocks(DOCS / guide):
+            count += 1
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block.code, guide, "exec"), names)
+            if block.expected is not None and sample.name == block.shown:
+                assert out.getvalue() == block.expected
     finally:
         drgn.set_default_prog(None)
-    assert len(found) > 10
-    if sample.name == SHOWN:
-        for _, expected, printed in found:
-            assert printed == expected
+    assert count >= least
