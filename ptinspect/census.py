@@ -20,14 +20,16 @@ import numpy.typing as npt
 from drgn import FaultError, Program
 
 from ptinspect.errors import PtinspectError
+from ptinspect.kernel.descriptor import ptdesc_dtype
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
-from ptinspect.memory import BoolArray
+from ptinspect.memory import BoolArray, read_blocks
 from ptinspect.state.gmap import read_gmaps
 from ptinspect.state.pending import Way
 from ptinspect.state.stories import Holding, Stories
 from ptinspect.tables.lookup import TableOwner, table_owners
+from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.physical import physical_ranges
-from ptinspect.tables.scan import MemmapScan, descriptor_indices, scan_memmap
+from ptinspect.tables.scan import MemmapScan, compound_orders, descriptor_indices, scan_memmap
 from ptinspect.tables.scan import Progress as ScanProgress
 from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces
 from ptinspect.tables.walk import Progress, RowState, Tables, Visitor, walk_spaces
@@ -309,6 +311,33 @@ def take_census(
     )
     census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
     return replace(census, holders_missing=tuple(dict.fromkeys(_ask_holders(census))))
+
+
+def untyped_census(prog: Program, census: Census) -> Census:
+    """
+    Join the pages of reached tables that are not typed, instead of those that are.
+
+    :return: The same spaces and tables; as descriptors those of all other pages that hold tables.
+    """
+    page_bytes = np.uint64(census.paging.page_bytes)
+    pfns = np.unique(census.tables.address[census.untyped_rows()] // page_bytes)
+    addresses, known = Memmap(prog).addresses(pfns)
+    dtype = ptdesc_dtype(prog)
+    blocks = read_blocks(prog, addresses[known], dtype.itemsize, physical=False)
+    addresses = addresses[known][blocks.readable]
+    descriptors = np.ascontiguousarray(blocks.data[blocks.readable]).view(dtype).reshape(-1)
+    orders, order_known = compound_orders(prog, addresses, descriptors)
+    lost = len(pfns) - len(addresses)
+    scan = MemmapScan(
+        pfns[known][blocks.readable],
+        addresses,
+        descriptors,
+        orders,
+        order_known,
+        len(addresses),
+        lost,
+    )
+    return join(prog, census.spaces, census.tables, scan)
 
 
 def _with_guests(prog: Program, spaces: SpaceList) -> SpaceList:

@@ -263,12 +263,28 @@ class Listing:
             wanted = ((levels == "PTE") | (levels == "PMD")) & ~self._bare()
         elif base == "pt_frag_refcount":
             wanted = np.full(len(self), arch == Architecture.PPC64)
-        elif base in ("pt_rcu_head", "_pt_pad_1", "pt_index", "_pt_s390_gaddr"):
+        elif base in ("pt_index", "_pt_s390_gaddr"):
+            own = ptdesc_has_member(self._prog, "_pt_s390_gaddr")
+            bears = base == "_pt_s390_gaddr" or not own
+            wanted = self._of_guests() if bears else np.zeros(len(self), np.bool_)
+        elif base in ("pt_rcu_head", "_pt_pad_1"):
             wanted = np.zeros(len(self), np.bool_)
         else:
             wanted = np.ones(len(self), np.bool_)
         result: BoolArray = np.asarray(wanted, np.bool_)
         return result
+
+    def _of_guests(self) -> BoolArray:
+        """Tables of guest address spaces alone, of the kind whose tables bear a guest address."""
+        census = self._census
+        if census is None:
+            return np.zeros(len(self), np.bool_)
+        gmaps = census.stories.gmaps.gmaps.gmaps
+        bearing = {gmap.address for gmap in gmaps if not gmap.kvm_owned}
+        # A table that a process reaches, too, has the process's space as its first.
+        spaces = [*(space.gmap in bearing for space in census.tables.spaces), False]
+        of_guests: BoolArray = np.array(spaces, np.bool_)[census.first_spaces()]
+        return of_guests
 
     def _bare(self) -> BoolArray:
         """Kernel tables whose lock and deposits this kernel does not initialise."""

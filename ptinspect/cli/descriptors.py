@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 
+from ptinspect.census import untyped_census
 from ptinspect.cli.census import survey
 from ptinspect.cli.output import emit, format_option, target_heading, walk_option
 from ptinspect.cli.spaces import find_space
@@ -59,6 +61,9 @@ _LEVEL = click.Choice(["PTE", "PMD", "PUD", "P4D", "PGD"], case_sensitive=False)
 @click.option(
     "--orphan", is_flag=True, help="Only what nothing accounts for, and what is known of it."
 )
+@click.option(
+    "--untyped", is_flag=True, help="Instead, the pages that hold tables but are not typed as such."
+)
 @walk_option
 @format_option
 def list_command(
@@ -66,6 +71,7 @@ def list_command(
     order: int | None,
     space: str | None,
     orphan: bool,
+    untyped: bool,
     level: str | None,
     flags: tuple[str, ...],
     conditions: tuple[str, ...],
@@ -83,6 +89,7 @@ def list_command(
       ptinspect --sample x86_64-7.3 list --limit 10
       ptinspect list --where 'refcount != 1' --columns pfn,refcount,flags
       ptinspect -c vmcore list --node 1 --format csv
+      ptinspect -c vmcore list --untyped --columns pfn,level,space,va,pt_index
     """
     conditions += tuple(
         f"{name} = {value}"
@@ -94,6 +101,11 @@ def list_command(
         conditions += ("holder = unexplained",)
     with open_target(chosen_target()) as target:
         seen = survey(target.prog, walk=walk)
+        if untyped:
+            if seen.census is None:
+                raise UsageError("--untyped needs a walk of the address spaces")
+            others = untyped_census(target.prog, seen.census)
+            seen = replace(seen, scan=others.scan, census=others)
         listing = Listing(target.prog, seen.scan, seen.census, seen.mapped_nodes)
         names = _column_names(columns, DEFAULT_COLUMNS if seen.census else SCAN_COLUMNS)
         within = None

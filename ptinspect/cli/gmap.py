@@ -19,6 +19,7 @@ from ptinspect.faces.gmap import (
     GuestWalk,
     TreeRow,
     absent_report,
+    asces_report,
     gmaps_report,
     tree_report,
     walk_report,
@@ -38,24 +39,28 @@ VM_HELP = "VM is the process ID of a machine's process, PID-FD, or gmap:ADDRESS.
 @target_options
 @click.argument("vm", required=False)
 @click.argument("gaddr", required=False)
+@click.option("--asce", is_flag=True, help="Instead, the ASCEs of all mms and CPUs.")
 @click.option("--pgste", is_flag=True, help="Also the page status table entries.")
 @format_option
-def command(vm: str | None, gaddr: str | None, pgste: bool, output_format: str) -> int:
+def command(vm: str | None, gaddr: str | None, asce: bool, pgste: bool, output_format: str) -> int:
     """
     s390: guest address spaces of KVM, their tables and what these say of the guest.
 
     Without VM, all of them with their memory slots. With VM (the process ID of its process, PID-FD,
     or gmap:ADDRESS) the tables of one, with guest addresses. With GADDR (hexadecimal) the way of
-    that guest address to its page, and the process's way to the same page.
+    that guest address to its page, and the process's way to the same page. With --asce, the
+    address-space-control elements: those of mms beside pgd and limit, and those of each CPU.
 
     \b
     Examples:
       ptinspect --sample s390x-6.12 gmap
-      ptinspect --sample s390x-6.12 gmap 63
-      ptinspect --sample s390x-6.12 gmap 63 140000305000 --pgste
+      ptinspect --sample s390x-6.12 gmap 64
+      ptinspect --sample s390x-6.12 gmap 64 140000305000 --pgste
     """
     if pgste and vm is None:
         raise UsageError(f"--pgste needs a VM: {VM_HELP}")
+    if asce and vm is not None:
+        raise UsageError("--asce shows all mms and CPUs: leave out the VM")
     with open_target(chosen_target()) as target:
         prog, heading = target.prog, target_heading(target)
         progress = ProgressLine("Walking all address spaces")
@@ -64,7 +69,9 @@ def command(vm: str | None, gaddr: str | None, pgste: bool, output_format: str) 
         finally:
             progress.close()
         story = census.stories.gmaps
-        if not story.gmaps.gmaps and not story.disagreements:
+        if asce:
+            report = asces_report(census.stories.asces, heading)
+        elif not story.gmaps.gmaps and not story.disagreements:
             report = absent_report(story, heading)
         elif vm is None:
             report = gmaps_report(story, census, heading)

@@ -4,12 +4,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from drgn import Program
 
 from ptinspect.errors import TargetError, UsageError
+from ptinspect.kernel.paging import paging_of
+from ptinspect.kernel.paging.s390x import S390Paging
+from ptinspect.state.gmap import read_gmaps
 from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces
 
-SPACE_HELP = "SPACE is a process ID, `kernel`, `efi`, or mm:ADDRESS; PID:kpti is the user half."
+SPACE_HELP = (
+    "SPACE is a process ID, `kernel`, `efi`, or mm:ADDRESS; PID:kpti is the user half; on s390 "
+    "also gmap:ADDRESS or asce:VALUE."
+)
 
 
 def choose_space(prog: Program, text: str) -> Space:
@@ -22,9 +30,14 @@ def choose_space(prog: Program, text: str) -> Space:
     name, _, half = text.partition(":kpti")
     if half:
         raise UsageError(f"{text!r} is no address space; {SPACE_HELP}")
+    if text.startswith("asce:"):
+        return _space_of_asce(prog, text)
     isolated = text.endswith(":kpti")
     by_slab = name.startswith("mm:")
     spaces = find_spaces(prog, slab=by_slab, isolated=isolated)
+    if name.startswith("gmap:"):
+        guests = read_gmaps(prog, spaces.spaces)
+        spaces = replace(spaces, spaces=(*spaces.spaces, *guests.spaces))
     space = find_space(spaces, name)
     if isolated:
         wanted = space.mm.address if space.mm is not None else None
@@ -34,6 +47,22 @@ def choose_space(prog: Program, text: str) -> Space:
                 return candidate
         raise UsageError(f"{name} has no user half: page-table isolation is off")
     return space
+
+
+def _space_of_asce(prog: Program, text: str) -> Space:
+    """
+    Get what an address-space-control element names: any tables of s390, whoever keeps them.
+
+    :raises UsageError: if it names none
+    """
+    paging = paging_of(prog)
+    try:
+        value = int(text[5:], 16)
+        if not isinstance(paging, S390Paging) or not 0 <= value < 1 << 64:
+            raise ValueError("only s390 has address-space-control elements, words of 64 bits")
+        return Space(SpaceKind.ASCE, paging.root_of_asce(value), symbol=f"asce:{value:#x}")
+    except ValueError as error:
+        raise UsageError(f"{text!r} is no address space: {error}") from None
 
 
 def find_space(spaces: SpaceList, name: str) -> Space:
@@ -53,15 +82,16 @@ def find_space(spaces: SpaceList, name: str) -> Space:
             if space.kind is SpaceKind.EFI:
                 return space
         raise UsageError("this kernel has no efi_mm, or firmware without run-time services")
-    is_mm = name.startswith("mm:")
+    kind, colon, address = name.rpartition(":")
     try:
-        number = int(name[3:] if is_mm else name, 16 if is_mm else 10)
-    except ValueError:
+        number = int(address, 16 if colon else 10)
+        finder = {"mm": spaces.of_mm, "gmap": spaces.of_gmap, "": spaces.of_pid}[kind]
+    except (ValueError, LookupError):
         raise UsageError(f"{name!r} is no address space; {SPACE_HELP}") from None
-    found = spaces.of_mm(number) if is_mm else spaces.of_pid(number)
+    found = finder(number)
     if found is None:
         missing = "; ".join(f"{note.source}: {note.message}" for note in spaces.notes)
-        what = f"there is no mm at {number:#x}" if is_mm else f"no process {number} has an mm"
+        what = f"there is no {kind} at {number:#x}" if kind else f"no process {number} has an mm"
         raise UsageError(what + (f" (not all could be seen: {missing})" if missing else ""))
     return found
 

@@ -14,6 +14,7 @@ from ptinspect.census import Census
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 from ptinspect.faces.translate import kind_name, level_name, permission_letters
 from ptinspect.kernel.paging import EntryClass
+from ptinspect.state.asce import Asces
 from ptinspect.state.gmap import Gmap
 from ptinspect.state.gmap_relations import GmapStory
 from ptinspect.state.pgste import Pgste
@@ -42,6 +43,49 @@ def absent_report(story: GmapStory, target: str) -> Report:
     """Say why there is nothing to show."""
     notes = [f"Not applicable: {story.gmaps.absent}."] if story.gmaps.absent else []
     return Report("gmap", target, (), notes=notes, missing=story.missing)
+
+
+def asces_report(asces: Asces, target: str) -> Report:
+    """Lay out the ASCEs of mms and CPUs."""
+    if asces.absent is not None:
+        return Report("gmap", target, (), notes=[f"Not applicable: {asces.absent}."])
+    return Report(
+        "gmap",
+        target,
+        (
+            Table(
+                "asces",
+                (
+                    Column("of"),
+                    Column("name"),
+                    Column("asce", Kind.HEX),
+                    Column("root"),
+                    Column("limit", Kind.HEX),
+                    Column("pgd", Kind.HEX),
+                    Column("problems"),
+                ),
+                [
+                    (
+                        asce.kind,
+                        asce.name,
+                        asce.value,
+                        asce.level,
+                        asce.limit,
+                        asce.pgd,
+                        "; ".join(asce.problems),
+                    )
+                    for asce in asces.asces
+                ],
+                f"Address-space-control elements ({target})",
+            ),
+        ),
+        missing=asces.missing,
+        findings=[
+            f"asce: {asce.kind} {asce.name}: {problem}"
+            for asce in asces.asces
+            for problem in asce.problems
+        ],
+    )
 
 
 def gmaps_report(story: GmapStory, census: Census, target: str) -> Report:

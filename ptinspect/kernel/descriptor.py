@@ -445,7 +445,9 @@ def ptdesc_dtype(prog: Program) -> np.dtype[np.void]:
 
     Fields bear the names that work on every kernel and lie over each other as in C. A list head
     gives ``pt_list.next`` and ``pt_list.prev``. Byte order is the target's. An item is as long as
-    a ``struct page``, so that a slice of the memory map can be viewed as an array of it.
+    a ``struct page``, so that a slice of the memory map can be viewed as an array of it. Page type
+    and reference count are always there: where the descriptor lacks them, as in its first proposal
+    (June 2023), they are the page's.
 
     :return: A structured type; offsets and sizes are those of the kernel, in bytes.
     """
@@ -464,6 +466,10 @@ def _make_dtype(prog: Program) -> np.dtype[np.void]:
         if name in model.names:
             member = model.type.member(model.names[name])
             fields.extend(_flatten(prog, name, member.type, member.offset))
+        elif name in ("__page_type", "__page_refcount"):
+            page = prog.type("struct page")
+            member = page.member(_page_member_name(page, name))
+            fields.extend(_flatten(prog, name, member.type, member.offset))
     return np.dtype(
         {
             "names": [name for name, _, _ in fields],
@@ -472,6 +478,12 @@ def _make_dtype(prog: Program) -> np.dtype[np.void]:
             "itemsize": sizeof(prog.type("struct page")),
         }
     )
+
+
+def _page_member_name(page: Type, name: str) -> str:
+    """Get what this kernel's ``struct page`` calls a member."""
+    (names,) = (member.page_names for member in _MEMBERS if member.name == name)
+    return next(known for known in names if page.has_member(known))
 
 
 _SCALAR_KINDS = frozenset({TypeKind.INT, TypeKind.BOOL, TypeKind.POINTER, TypeKind.ENUM})

@@ -209,10 +209,12 @@ def _field(facts: _Facts, name: str) -> Field:
 
 
 def _told_field(field: Field, told: Sequence[Told]) -> Field:
-    texts = [what.text for what in told if what.member == field.name]
-    if not texts or field.state is FieldState.ABSENT:
+    of_it = [what for what in told if what.member == field.name]
+    if not of_it or field.state is FieldState.ABSENT:
         return field
-    return replace(field, state=FieldState.VALUE, text="; ".join(texts))
+    values = [what for what in of_it if not what.stale]
+    state = FieldState.VALUE if values else FieldState.STALE
+    return replace(field, state=state, text="; ".join(what.text for what in values or of_it))
 
 
 def _as_int(value: np.generic) -> int:

@@ -76,6 +76,8 @@ class ListedTable:
     pfn: int
     #: What the descriptor gives as the guest address; ``None`` if it cannot be read.
     index: int | None
+    #: The member that bears it.
+    member: str
 
 
 @dataclass(frozen=True)
@@ -165,19 +167,24 @@ class Gmaps:
         return np.array(pfns + [table.pfn for table in self.caches], np.uint64)
 
 
+def gaddr_member(prog: Program) -> str:
+    """
+    Get the member in which the descriptor of a gmap's table bears its guest address.
+
+    A kernel whose ``struct ptdesc`` has ``_pt_s390_gaddr`` (the type's first proposal, June 2023)
+    keeps it there; all others keep it in ``pt_index`` (``page->index``).
+    """
+    return "_pt_s390_gaddr" if ptdesc_has_member(prog, "_pt_s390_gaddr") else "pt_index"
+
+
 def ptdesc_gaddr(pt: Object) -> int:
     """
     Get the guest address that the descriptor of a gmap's table bears.
 
-    A kernel whose ``struct ptdesc`` has ``_pt_s390_gaddr`` (the type's first proposal, June 2023)
-    keeps it there; all others keep it in ``pt_index`` (``page->index``).
-
     :param pt: ``struct ptdesc *``
     :raises FaultError: if it cannot be read
-    :raises LookupError: if the descriptor has neither
     """
-    own = ptdesc_has_member(pt.prog_, "_pt_s390_gaddr")
-    return int(ptdesc_member(pt, "_pt_s390_gaddr" if own else "pt_index").value_())
+    return int(ptdesc_member(pt, gaddr_member(pt.prog_)).value_())
 
 
 def read_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
@@ -390,7 +397,7 @@ class _MmReader(_Reader):
             except FaultError:
                 index = None
                 self.missing.append(f"the descriptor {int(page.value_()):#x} cannot be read")
-            yield ListedTable(int(page.value_()), pfn, index)
+            yield ListedTable(int(page.value_()), pfn, index, gaddr_member(self.prog))
 
 
 #: Bits of gmap->flags (enum gmap_flags, arch/s390/kvm/gmap/gmap.h).

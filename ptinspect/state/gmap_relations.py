@@ -30,6 +30,7 @@ from ptinspect.state.gmap import (
     Relation,
     read_gmaps,
 )
+from ptinspect.state.told import Told
 from ptinspect.tables.entries import raw_entries
 from ptinspect.tables.lookup import Outcome, walk_address
 from ptinspect.tables.spaces import SpaceKind
@@ -74,6 +75,42 @@ def read_gmap_story(prog: Program, tables: Tables) -> GmapStory:
     comparison = _Comparison(prog, gmaps, tables)
     found = (*gmaps.disagreements, *comparison.disagreements())
     return GmapStory(gmaps, found, (*gmaps.missing, *comparison.missing))
+
+
+def tell_gmaps(story: GmapStory, tables: Tables, pfn: int) -> Iterator[Told]:
+    """Say of what guest a descriptor is, and what guest address it bears."""
+    gmaps = story.gmaps.gmaps
+    for gmap in gmaps:
+        for name, listed in (("crst_list", gmap.crst_list), ("pt_list", gmap.pt_list)):
+            for place, table in enumerate(listed):
+                if table.pfn == pfn:
+                    text = f"node {place + 1} of {len(listed)} of {name} of {gmap.name}"
+                    yield Told(text, "pt_list")
+                    yield from _tell_address(gmap, table)
+    for cached in story.gmaps.caches:
+        if cached.pfn == pfn:
+            yield Told(f"kept ready by KVM for {cached.owner}, in the cache at {cached.cache:#x}")
+    reached = tables.address // np.uint64(tables.paging.page_bytes) == np.uint64(pfn)
+    spaces = {tables.spaces[number] for number in tables.space[reached].tolist()}
+    if not spaces or any(space.gmap is None for space in spaces):
+        return
+    # Nobody but guests: neither lock nor deposits were ever set up.
+    yield Told("a guest's own table: never initialised", "pmd_huge_pte", stale=True)
+    yield Told("a guest's own table: never initialised", "ptl", stale=True)
+    owned = {gmap.address for gmap in gmaps if gmap.kvm_owned}
+    if all(space.gmap in owned for space in spaces):
+        yield Told("tables of KVM's own bear no guest address", "pt_index", stale=True)
+
+
+def _tell_address(gmap: Gmap, table: ListedTable) -> Iterator[Told]:
+    if table.index is None:
+        return
+    text = f"guest address {table.index & ~FAKE_TABLE:#x}"
+    if gmap.shadow and table.index & FAKE_TABLE:
+        text += " of memory that it shadows without a table"
+    elif gmap.shadow:
+        text += " of the table that it shadows"
+    yield Told(text, table.member)
 
 
 class _Comparison:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from drgn import FaultError, Object, Program
+from drgn import FaultError, Object, Program, offsetof, sizeof
 from drgn.helpers.linux.mm import compound_head
 
-from ptinspect.kernel.descriptor import ptdesc_dtype
+from ptinspect.kernel.descriptor import byte_order
 from ptinspect.kernel.paging import EntryClass
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.memory import AddressArray, BoolArray, iter_blocks, read_blocks
@@ -145,8 +145,8 @@ def _page_kinds(prog: Program, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.u
     addresses = addresses[here]
     pages, readable = _struct_pages(prog, addresses)
     # Entries can map the middle of a larger page (hugetlb of contiguous PMDs); tails are marked in
-    # bit 0 of compound_info (compound_head before 7.1), the word that pt_list begins with.
-    tails = readable & (pages["pt_list.next"] & np.uint64(1) != 0)
+    # bit 0 of compound_info (compound_head before 7.1), the word that lru begins with.
+    tails = readable & (pages["compound"] & np.uint64(1) != 0)
     if tails.any():
         places = np.flatnonzero(tails)
         heads, inverse = np.unique(addresses[places], return_inverse=True)
@@ -157,17 +157,26 @@ def _page_kinds(prog: Program, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.u
             except FaultError:
                 heads[number] = 0
         pages[places], readable[places] = _struct_pages(prog, heads[inverse.reshape(-1)])
-    anonymous = (pages["__page_mapping"] & _MAPPING_ANON) != 0
+    anonymous = (pages["mapping"] & _MAPPING_ANON) != 0
     if _types_hugetlb(prog):
         hugetlb = np.uint32(prog.constant("PGTY_hugetlb").value_())
-        anonymous &= pages["__page_type"] >> np.uint32(24) != hugetlb
+        anonymous &= pages["page_type"] >> np.uint32(24) != hugetlb
     kinds[here[anonymous]] = HugePage.ANONYMOUS
     kinds[here[~readable]] = HugePage.UNDECIDED
     return kinds
 
 
 def _struct_pages(prog: Program, addresses: AddressArray) -> tuple[npt.NDArray[np.void], BoolArray]:
-    dtype = ptdesc_dtype(prog)
+    # Any pages, not only tables: the members are those of struct page.
+    page, order = prog.type("struct page"), byte_order(prog)
+    dtype = np.dtype(
+        {
+            "names": ["compound", "mapping", "page_type"],
+            "formats": [f"{order}u8", f"{order}u8", f"{order}u4"],
+            "offsets": [offsetof(page, name) for name in ("lru", "mapping", "page_type")],
+            "itemsize": sizeof(page),
+        }
+    )
     blocks = read_blocks(prog, addresses, dtype.itemsize, physical=False)
     return blocks.data.view(dtype).reshape(-1), blocks.readable
 

@@ -17,9 +17,10 @@ import numpy as np
 from drgn import Program
 
 from ptinspect.memory import AddressArray
+from ptinspect.state.asce import Asces, read_asces
 from ptinspect.state.deposits import Deposits, read_deposits, tell_deposits
 from ptinspect.state.fragments import Fragments, read_fragments
-from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
+from ptinspect.state.gmap_relations import GmapStory, read_gmap_story, tell_gmaps
 from ptinspect.state.halves import Halves, read_halves
 from ptinspect.state.lists import Lists, read_lists, tell_lists
 from ptinspect.state.locks import Locks, read_locks
@@ -87,6 +88,11 @@ class Stories:
         return read_pending(self.prog, self.tables, self.scan)
 
     @cached_property
+    def asces(self) -> Asces:
+        """s390's address-space-control elements."""
+        return read_asces(self.prog, self.tables.spaces)
+
+    @cached_property
     def gmaps(self) -> GmapStory:
         """s390's guest address spaces."""
         return read_gmap_story(self.prog, self.tables)
@@ -142,6 +148,7 @@ class Stories:
             *tell_lists(self.lists, pfn),
             *tell_owners(self.owners, self.tables, ptdesc),
             *tell_sharing(self.sharing, self.tables, ptdesc),
+            *tell_gmaps(self.gmaps, self.tables, pfn),
         )
 
 

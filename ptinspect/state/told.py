@@ -13,3 +13,5 @@ class Told(NamedTuple):
     text: str
     #: The member whose value it explains; empty if it is about the table itself.
     member: str = ""
+    #: Whether the member has no meaning in this table, and the sentence says why.
+    stale: bool = False

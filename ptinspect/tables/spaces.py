@@ -47,6 +47,8 @@ class SpaceKind(Enum):
     ISOLATED = "kpti"
     #: Guest memory of KVM on s390.
     GMAP = "gmap"
+    #: What an address-space-control element of s390 names, whoever keeps it.
+    ASCE = "asce"
 
 
 class Found(Enum):

@@ -22,12 +22,18 @@ from drgn.helpers.linux.radixtree import radix_tree_for_each
 from opened import Sample
 from overlay import Overlay
 
-from ptinspect.census import Census, Holder, take_census
+from ptinspect.census import Census, Holder, take_census, untyped_census
 from ptinspect.cli.gmap import find_gmap
+from ptinspect.cli.spaces import choose_space
 from ptinspect.errors import UsageError
 from ptinspect.faces.gmap import absent_report, gmaps_report
+from ptinspect.kernel.descriptor import pfn_to_ptdesc
 from ptinspect.kernel.paging import EntryClass
+from ptinspect.listing import Listing
 from ptinspect.lists import walk_list
+from ptinspect.reach import reach_of
+from ptinspect.records import FieldState
+from ptinspect.state.fields import describe_ptdesc
 from ptinspect.state.gmap import Gmap, Relation, read_gmaps
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
 from ptinspect.state.pgste import read_pgstes
@@ -317,6 +323,63 @@ def test_how_a_machine_is_named(sample: Sample, census: Census) -> None:
     for pid in twins:
         with pytest.raises(UsageError, match="has 2 guest address spaces"):
             find_gmap(found, str(pid))
+
+
+def test_what_a_descriptor_says_of_its_guest(sample: Sample, census: Census) -> None:
+    """Guest address and list of a guest's own table; nothing in a page table of the process."""
+    prog = sample.prog
+    checked = 0
+    for gmap in gmaps(census):
+        for name, listed in (("crst_list", gmap.crst_list), ("pt_list", gmap.pt_list)):
+            for table in listed:
+                reach_ = reach_of(prog, census, table.pfn, table.ptdesc, 0)
+                pt = pfn_to_ptdesc(prog, table.pfn)
+                fields = {
+                    field.name: field
+                    for field in describe_ptdesc(pt, reach_.level, told=reach_.told).fields
+                }
+                assert table.index is not None
+                assert fields["pt_index"].state is FieldState.VALUE
+                assert f"guest address {table.index & ~1:#x}" in fields["pt_index"].text
+                assert f"of {name} of gmap:{gmap.address:#x}" in fields["pt_list"].text
+                assert fields["ptl"].state is FieldState.STALE
+                assert fields["pmd_huge_pte"].state is FieldState.STALE
+                checked += 1
+    assert checked or any(gmap.kvm_owned for gmap in gmaps(census))
+    tables = census.tables
+    of_guest = np.array([space.kind is SpaceKind.GMAP for space in tables.spaces])
+    shared = np.flatnonzero(of_guest[tables.space] & (tables.first >= 0) & (tables.level == 0))
+    for row in shared[:3].tolist():
+        pfn = int(tables.address[row]) // census.paging.page_bytes
+        told = census.stories.told(pfn, int(pfn_to_ptdesc(prog, pfn).value_()))
+        assert not {what.member for what in told} & {"pt_index", "ptl"}
+
+
+def test_tables_in_untyped_pages_are_listed(sample: Sample, census: Census) -> None:
+    others = untyped_census(sample.prog, census)
+    listing = Listing(sample.prog, others.scan, others)
+    column = listing.column("pt_index")
+    said = dict(zip(others.scan.pfns[column.present].tolist(), column.values[column.present]))
+    listed = {
+        table.pfn: table.index
+        for gmap in gmaps(census)
+        for table in (*gmap.crst_list, *gmap.pt_list)
+    }
+    assert {pfn: int(value) for pfn, value in said.items()} == listed
+    for gmap in gmaps(census):
+        space = census.spaces.of_gmap(gmap.address)
+        assert space is not None
+        own = {int(others.scan.pfns[row]) for row in others.reached_by(space)}
+        assert {table.pfn for table in (*gmap.crst_list, *gmap.pt_list)} <= own
+
+
+def test_spaces_that_a_person_names(sample: Sample, census: Census) -> None:
+    for gmap in gmaps(census):
+        space = choose_space(sample.prog, f"gmap:{gmap.address:x}")
+        assert space == gmap.space
+        assert space.name.endswith(f" gmap:{gmap.address:#x}")
+    with pytest.raises(UsageError, match="there is no gmap at 0x123"):
+        choose_space(sample.prog, "gmap:123")
 
 
 # Corruption: every relation broken once.
