@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +30,16 @@ from ptinspect.state.fields import (
     typed_levels,
 )
 from ptinspect.state.lists import Role
+from ptinspect.state.memcg import Memcgs, read_memcgs
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan
 
 #: Columns that are computed, not members.
-COMPUTED_COLUMNS = ("pfn", "ptdesc", "phys", "address", "order", "node", "level", "flags")
+#: cgroup: path of the memory cgroup that it is charged to.
+COMPUTED_COLUMNS = (
+    *("pfn", "ptdesc", "phys", "address"),
+    *("order", "node", "level", "flags", "cgroup"),
+)
 
 #: Columns that need a walk of all address spaces:
 #: space: the first that reaches the table, reached: by how many entries and roots, va: the first
@@ -122,6 +128,8 @@ class Listing:
         scan = self._scan
         everywhere = np.ones(len(self), np.bool_)
         if name in COMPUTED_COLUMNS:
+            if name == "cgroup":
+                return self._cgroups()
             values = self._computed(name)
             if name == "level":
                 return ColumnData(values, values != "", False)
@@ -156,6 +164,25 @@ class Listing:
         if name == "level":
             return self._levels()
         return self._flag_names()
+
+    def _cgroups(self) -> ColumnData:
+        memcgs = self.memcgs
+        paths = np.array([*memcgs.paths, ""])
+        return ColumnData(paths[np.maximum(memcgs.index, -1)], memcgs.index >= 0, False)
+
+    @cached_property
+    def memcgs(self) -> Memcgs:
+        """
+        The memory cgroups that the descriptors are charged to.
+
+        :raises UsageError: if this kernel has none
+        """
+        return read_memcgs(self._prog, self._scan)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the columns asked for so far could not tell, in sentences."""
+        return self.memcgs.missing if "cgroup" in self._cache else ()
 
     def _levels(self) -> npt.NDArray[Any]:
         census = self._census
@@ -337,8 +364,13 @@ class Listing:
         column = self.column(name)
         values = column.values
         if values.dtype.kind == "U":
-            if operator == "&" and flags_bit(self._prog, text) is None:
-                raise UsageError(f"this kernel has no page flag {text!r}")
+            if operator == "&":
+                bit = flags_bit(self._prog, text)
+                if name != "flags" or bit is None:
+                    raise UsageError(f"this kernel has no page flag {text!r}")
+                # By its bit: 7.x has two names for some.
+                set_here: BoolArray = (scan_flags(self._prog, self._scan) & np.uint64(bit)) != 0
+                return set_here
             return column.present & _compare_text(values, operator, text, condition)
         try:
             value = int(text, 0)
@@ -373,12 +405,6 @@ def _compare_text(values: npt.NDArray[Any], operator: str, text: str, condition:
     if operator == "!=":
         different: BoolArray = values != text
         return different
-    if operator == "&":
-        # One of the names in a decoded flags word.
-        found: BoolArray = (
-            np.char.find(np.char.add(np.char.add("|", values), "|"), f"|{text}|") >= 0
-        )
-        return found
     raise UsageError(f"{operator!r} in {condition!r} compares numbers, not text")
 
 

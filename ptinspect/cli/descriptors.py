@@ -115,9 +115,12 @@ def list_command(
             chosen = find_space(seen.census.spaces, space)
             within = seen.census.reached_by(chosen)
         rows = listing.select(conditions, sort, limit, within)
+        for name in names:
+            listing.column(name)
         missing = scan_missing(seen.scan) if seen.census is None else census_missing(seen.census)
         if seen.problem is not None:
             missing.append(f"the tables could not be walked: {seen.problem}")
+        missing.extend(listing.missing)
         extra: list[Table] = []
         notes: list[str] = []
         if orphan and seen.census is not None:

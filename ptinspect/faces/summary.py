@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ptinspect.faces.report import Column, Kind, Report, Table
 from ptinspect.records import CounterReading, ReachedSummary, Summary
+from ptinspect.state.memcg import MemcgUsage
 
 
 def summary_report(
@@ -17,11 +18,14 @@ def summary_report(
     *,
     problem: str | None,
     racing: bool,
+    memcgs: Sequence[MemcgUsage] | None = None,
+    memcgs_missing: Sequence[str] = (),
 ) -> Report:
     """
     Lay out a summary: typed pages by node and order, tables by level, and the reconciliation.
 
     :param reached: ``None`` if there was no walk; *problem* says why, unless none was wanted.
+    :param memcgs: Page tables by memory cgroup, if that was asked for.
     """
     return Report(
         command="summary",
@@ -51,6 +55,7 @@ def summary_report(
                 f"Pages typed as page tables ({target})",
             ),
             *(() if reached is None else _reached(reached)),
+            *(() if memcgs is None else (_memcgs(memcgs, summary.page_bytes),)),
             _accounting(summary),
             *_counter_parts(summary.counter),
             Table(
@@ -65,7 +70,7 @@ def summary_report(
             ),
         ),
         notes=tuple(_notes(summary, racing)),
-        missing=tuple(_missing(summary, reached, problem)),
+        missing=(*_missing(summary, reached, problem), *memcgs_missing),
     )
 
 
@@ -135,6 +140,30 @@ def _reached(reached: ReachedSummary) -> Iterator[Table]:
             [(p.table_node, p.page_node, p.entries) for p in reached.placement],
             "Mapped pages by the node of their table and their own",
         )
+
+
+def _memcgs(memcgs: Sequence[MemcgUsage], page_bytes: int) -> Table:
+    return Table(
+        "memcgs",
+        (
+            Column("cgroup"),
+            Column("descriptors", Kind.COUNT),
+            Column("pages", Kind.COUNT),
+            Column("KiB", Kind.COUNT),
+            Column("KiB_with_below", Kind.COUNT),
+        ),
+        [
+            (
+                usage.path,
+                usage.descriptors,
+                usage.pages,
+                usage.pages * page_bytes // 1024,
+                usage.pages_with_below * page_bytes // 1024,
+            )
+            for usage in memcgs
+        ],
+        "By memory cgroup; the last row, without a name, is charged to none",
+    )
 
 
 def _accounting(summary: Summary) -> Table:

@@ -38,6 +38,7 @@ from ptinspect.kernel.direct_map import direct_map_offset, physical_to_virtual
 from ptinspect.kernel.layout import describe_ptl
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.records import Descriptor, Field, FieldState
+from ptinspect.state.memcg import memcg_path
 from ptinspect.state.told import Told
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import MemmapScan, compound_orders
@@ -225,16 +226,34 @@ def _as_int(value: np.generic) -> int:
 
 def ptdesc_flag_names(prog: Program, value: int) -> str:
     """Name the flags that are set in the flags word of a descriptor, ``none`` if there are none."""
-    text = str(decode_page_flags_value(prog, value))
-    # PT_kernel reuses the bit of PG_referenced (enum pt_flags, include/linux/mm_types.h).
-    bit = flags_bit(prog, "PT_kernel")
-    if bit is not None and value & bit:
-        text = text.replace("PG_referenced", "PT_kernel")
-    return "none" if text == "0" else text
+    names = str(decode_page_flags_value(prog, value)).split("|")
+    # 7.x gives bits of page flags names of their own (enum pt_flags, include/linux/mm.h).
+    for page_name, name in (("PG_referenced", "PT_kernel"), ("PG_reserved", "PT_reserved")):
+        if flags_bit(prog, name) is not None:
+            names = [name if each == page_name else each for each in names]
+    return "none" if names == ["0"] else "|".join(names)
+
+
+#: What flags say of a table. The others have no meaning here and should not be set.
+_FLAG_MEANINGS = {
+    "PT_kernel": "a table of the kernel",
+    "PT_reserved": "made while booting",
+    "PG_reserved": "made while booting",
+    "PG_head": "the first of several pages",
+    # Set by pte_free_defer() in arch/powerpc/mm/pgtable-frag.c.
+    "PG_active": "to be freed by RCU when its last fragment is",
+}
 
 
 def _flags(facts: _Facts) -> _Answer:
-    return FieldState.VALUE, ptdesc_flag_names(facts.prog, facts.word("pt_flags"))
+    text = ptdesc_flag_names(facts.prog, facts.word("pt_flags"))
+    said = [
+        f"{name}: {_FLAG_MEANINGS[name]}"
+        for name in text.split("|")
+        if facts.typed and name in _FLAG_MEANINGS
+        if name != "PG_active" or facts.arch == Architecture.PPC64
+    ]
+    return FieldState.VALUE, f"{text} ({'; '.join(said)})" if said else text
 
 
 def _rcu_head(facts: _Facts) -> _Answer:
@@ -369,7 +388,22 @@ def _page_type(facts: _Facts) -> _Answer:
 
 
 def _refcount(facts: _Facts) -> _Answer:
-    return FieldState.VALUE, str(facts.word("__page_refcount"))
+    return FieldState.VALUE, _describe_refcount(facts)
+
+
+def _describe_refcount(facts: _Facts) -> str:
+    value = facts.word("__page_refcount")
+    if value == 1 or not facts.typed:
+        return str(value)
+    halves, count = value >> 24, value & 0xFFFFFF
+    if facts.arch == Architecture.S390X and not ptdesc_is_native(facts.prog) and count == 1:
+        # Two tables share a page (arch/s390/mm/pgalloc.c before 6.8).
+        return f"1, and {halves:#04x} in the highest byte: which halves are in use or pending"
+    if not value:
+        return "0: the page is free, or being freed, although it is typed"
+    if facts.level == "PMD" and not ptdesc_has_member(facts.prog, "pt_share_count"):
+        return f"{value}: one for itself, one for each further mm that shares it (hugetlb)"
+    return f"{value}: a table has one; somebody else holds its page, for a moment or for good"
 
 
 def _memcg(facts: _Facts) -> _Answer:
@@ -378,7 +412,11 @@ def _memcg(facts: _Facts) -> _Answer:
         return FieldState.VALUE, "not charged"
     pointer = value & ~_MEMCG_DATA_FLAGS
     if value & _MEMCG_DATA_KMEM:
-        return FieldState.VALUE, f"charged as kernel memory, obj_cgroup {pointer:#x}"
+        kind = f"kernel memory, obj_cgroup {pointer:#x}"
+        try:
+            return FieldState.VALUE, f"charged to {memcg_path(facts.prog, value)} as {kind}"
+        except (FaultError, LookupError, ValueError) as error:
+            return FieldState.VALUE, f"charged as {kind}, whose cgroup cannot be told: {error}"
     return FieldState.VALUE, f"mem_cgroup {pointer:#x} without the kernel-memory mark"
 
 
