@@ -11,7 +11,7 @@ import click
 
 from ptinspect.checks import CheckResults, Severity, invariants, run_checks, unverified
 from ptinspect.checks.run import persisting
-from ptinspect.cli.output import ProgressLine, emit, target_heading
+from ptinspect.cli.output import FORMATS, ProgressLine, emit, target_heading
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.errors import ExitStatus, UsageError
 from ptinspect.faces.check import check_report, explain, list_report, write_junit
@@ -43,7 +43,7 @@ _RUN_ON = 0.3
 @click.option(
     "--format",
     "output_format",
-    type=click.Choice(["text", "json", "csv", "junit"]),
+    type=click.Choice([*FORMATS, "junit"]),
     default="text",
     show_default=True,
     help="How to write the answer.",

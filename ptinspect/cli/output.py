@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import Any, Callable, TypeVar
 
 import click
 
+from ptinspect.cli import pager
 from ptinspect.errors import ExitStatus
-from ptinspect.faces.data import write_csv, write_json
+from ptinspect.faces.data import write_csv, write_json, write_jsonl
 from ptinspect.faces.escape import escape
 from ptinspect.faces.report import Report
 from ptinspect.faces.text import write_text
@@ -19,7 +21,10 @@ from ptinspect.target import Target
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_WRITERS = {"text": write_text, "json": write_json, "csv": write_csv}
+_WRITERS = {"text": write_text, "json": write_json, "jsonl": write_jsonl, "csv": write_csv}
+
+#: What ``--format`` takes.
+FORMATS = tuple(_WRITERS)
 
 
 def format_option(function: _F) -> _F:
@@ -27,7 +32,7 @@ def format_option(function: _F) -> _F:
     return click.option(
         "--format",
         "output_format",
-        type=click.Choice(list(_WRITERS)),
+        type=click.Choice(FORMATS),
         default="text",
         show_default=True,
         help="How to write the answer.",
@@ -49,7 +54,12 @@ def emit(report: Report, output_format: str) -> int:
 
     :return: The exit status that the answer deserves.
     """
-    _WRITERS[output_format](report, sys.stdout)
+    if output_format == "text" and sys.stdout.isatty():
+        whole = io.StringIO()
+        write_text(report, whole)
+        pager.show(whole.getvalue())
+    else:
+        _WRITERS[output_format](report, sys.stdout)
     if output_format == "csv":
         # CSV has no place for it, and silence would pass for a whole and good answer.
         for what in report.findings:

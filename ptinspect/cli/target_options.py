@@ -14,7 +14,7 @@ from typing import Any, Callable, TypeVar
 import click
 from drgn import Program
 
-from ptinspect.target import TargetOptions
+from ptinspect.target import TargetOptions, sample_names
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -33,6 +33,10 @@ def _remember(context: click.Context, parameter: click.Parameter, value: Any) ->
     return value
 
 
+def _complete_sample(_context: click.Context, _option: click.Parameter, begun: str) -> list[str]:
+    return [name for name in sample_names() if name.startswith(begun)]
+
+
 def _option(*names: str, **attributes: Any) -> Callable[[_F], _F]:
     return click.option(
         *names, cls=TargetOption, callback=_remember, expose_value=False, **attributes
@@ -42,7 +46,12 @@ def _option(*names: str, **attributes: Any) -> Callable[[_F], _F]:
 _OPTIONS = (
     _option("-c", "--core", type=_PATH, metavar="FILE", help="A vmcore: ELF or kdump."),
     _option("--qemu", metavar="SOCKET", help="A QEMU guest: its QMP socket, a path or HOST:PORT."),
-    _option("--sample", metavar="NAME", help="A small real dump that comes with ptinspect."),
+    _option(
+        "--sample",
+        metavar="NAME",
+        shell_complete=_complete_sample,
+        help="A small real dump that comes with ptinspect.",
+    ),
     _option(
         "-s",
         "--symbols",

@@ -20,9 +20,8 @@ from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 JSON_VERSION = 1
 
 
-def write_json(report: Report, out: TextIO) -> None:
-    """Write a report as one JSON object."""
-    head = {
+def _head(report: Report) -> dict[str, object]:
+    return {
         "schema": "ptinspect",
         "version": JSON_VERSION,
         "command": report.command,
@@ -32,7 +31,11 @@ def write_json(report: Report, out: TextIO) -> None:
         "notes": list(report.notes),
         "findings": list(report.findings),
     }
-    out.write(json.dumps(head, indent=1)[:-2] + ',\n "tables": {')
+
+
+def write_json(report: Report, out: TextIO) -> None:
+    """Write a report as one JSON object."""
+    out.write(json.dumps(_head(report), indent=1)[:-2] + ',\n "tables": {')
     for index, table in enumerate(report.tables):
         out.write(f"{',' if index else ''}\n  {json.dumps(table.name)}: ")
         if table.single:
@@ -41,6 +44,15 @@ def write_json(report: Report, out: TextIO) -> None:
         else:
             _write_json_rows(table, out)
     out.write("\n }\n}\n")
+
+
+def write_jsonl(report: Report, out: TextIO) -> None:
+    """Write a report as lines of JSON: one with all but the tables, then one for each row."""
+    out.write(json.dumps(_head(report)) + "\n")
+    for table in report.tables:
+        for row in table.rows:
+            line = {"table": table.name, "row": _json_record(table, row)}
+            out.write(json.dumps(line) + "\n")
 
 
 def _write_json_rows(table: Table, out: TextIO) -> None:

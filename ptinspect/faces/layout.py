@@ -13,10 +13,10 @@ from ptinspect.records import Layout, LayoutMember
 _MEMBER_COLUMNS = (
     Column("offset", Kind.COUNT),
     Column("size", Kind.COUNT),
-    Column("ptdesc member"),
-    Column("ptdesc type"),
-    Column("page member"),
-    Column("page type"),
+    Column("ptdesc_member"),
+    Column("ptdesc_type"),
+    Column("page_member"),
+    Column("page_type"),
 )
 
 
@@ -27,11 +27,11 @@ def layout_report(layout: Layout, name: str, other: tuple[str, Layout] | None) -
         Table(
             "table_match",
             (
-                Column("asserted by"),
-                Column("struct page"),
-                Column("struct ptdesc"),
-                Column("page offset", Kind.COUNT),
-                Column("ptdesc offset", Kind.COUNT),
+                Column("asserted_by"),
+                Column("struct_page"),
+                Column("struct_ptdesc"),
+                Column("page_offset", Kind.COUNT),
+                Column("ptdesc_offset", Kind.COUNT),
                 Column("verdict"),
             ),
             [
@@ -115,8 +115,8 @@ def _difference(layout: Layout, name: str, other_name: str, other: Layout) -> Ta
             Column("member"),
             Column("offset", Kind.COUNT),
             Column("type"),
-            Column("other offset", Kind.COUNT),
-            Column("other type"),
+            Column("other_offset", Kind.COUNT),
+            Column("other_type"),
         ),
         rows,
         f"Members that differ: {name} against {other_name}",

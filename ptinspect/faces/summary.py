@@ -39,7 +39,7 @@ def summary_report(
                     Column("descriptors", Kind.COUNT),
                     Column("pages", Kind.COUNT),
                     Column("KiB", Kind.COUNT),
-                    Column("counted pages", Kind.COUNT),
+                    Column("counted_pages", Kind.COUNT),
                 ),
                 [
                     (

@@ -108,8 +108,8 @@ def test_layout(sample: Sample) -> None:
     assert "match" in verdicts
     assert "MISMATCH" not in verdicts
     assert tables["facts"]["ptdesc_fits_page"] is True
-    kernel = [row for row in tables["table_match"] if row["asserted by"] == "kernel"]
-    assert all(row["verdict"] == "match" for row in kernel if row["ptdesc offset"] is not None)
+    kernel = [row for row in tables["table_match"] if row["asserted_by"] == "kernel"]
+    assert all(row["verdict"] == "match" for row in kernel if row["ptdesc_offset"] is not None)
 
 
 def test_owner_and_show_agree_on_who_reaches_a_page(sample: Sample) -> None:

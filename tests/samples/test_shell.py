@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from commands import answerable, answering_commands
 from drgn.commands import CommandArgumentError, CommandError, run_command
 from opened import Sample
+from terminal import on_terminal
 
 import ptinspect.drgn_plugin
 from ptinspect.cli.main import cli, run
@@ -231,23 +231,13 @@ def test_shell_shows_where_a_script_fails(tmp_path: Path) -> None:
 
 
 def test_shell_on_a_terminal(tmp_path: Path) -> None:
-    controller, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ptinspect", "shell", "--sample", "x86_64-7.3"],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env={**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PAGER": "cat"},
-        start_new_session=True,
+    status, seen = on_terminal(
+        *("shell", "--sample", "x86_64-7.3"),
+        typed=b"%ptwalk 1 400000\nptdesc_is_native(prog)\n%ptwalk zork 0\nexit()\n",
+        XDG_STATE_HOME=str(tmp_path),
+        PAGER="cat",
     )
-    os.close(terminal)
-    seen = ""
-    os.write(controller, b"%ptwalk 1 400000\nptdesc_is_native(prog)\n%ptwalk zork 0\nexit()\n")
-    with contextlib.suppress(OSError):  # the terminal's other end is gone
-        while chunk := os.read(controller, 1 << 16):
-            seen += chunk.decode()
-    os.close(controller)
-    assert process.wait(timeout=60) == 0
+    assert status == 0
     assert "from ptinspect import *" in seen
     assert re.search(r"physical +0x7c1f000", seen)
     assert "True" in seen

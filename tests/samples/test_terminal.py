@@ -1,0 +1,94 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""On a terminal: pager, no colours, completion, help."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from terminal import on_terminal
+
+from ptinspect.cli.main import cli, run
+
+LONG = ("--sample", "x86_64-7.3", "list")
+
+
+@pytest.fixture
+def pager(tmp_path: Path) -> Path:
+    """A pager that says that it was here, and with which settings."""
+    script = tmp_path / "pager"
+    script.write_text('#!/bin/sh\necho "PAGED $LESS $1"\nhead -n 3\n')
+    script.chmod(0o755)
+    return script
+
+
+def test_long_answers_are_paged(pager: Path) -> None:
+    status, seen = on_terminal(*LONG, PAGER=f"{pager} x", LESS="FRX")
+    assert status == 0
+    assert seen.startswith("PAGED FRX x\r\n")
+    assert "0x100" in seen
+    assert seen.count("\n") == 4
+
+
+def test_an_incomplete_answer_keeps_its_status_in_a_pager(pager: Path) -> None:
+    script = pager.with_name("quit")
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    assert on_terminal(*LONG, PAGER=str(script)) == (0, "")
+
+
+@pytest.mark.parametrize("chosen", ["", "cat", "no-such-pager-anywhere"])
+def test_without_a_pager(chosen: str) -> None:
+    status, seen = on_terminal(*LONG, PAGER=chosen)
+    assert status == 0
+    assert seen.count("\n") > 400
+
+
+def test_short_answers_are_not_paged(pager: Path) -> None:
+    walk = ("--sample", "x86_64-7.3", "walk", "1", "400000")
+    assert "PAGED" not in on_terminal(*walk, PAGER=str(pager))[1]
+    assert "PAGED" in on_terminal(*walk, lines=5, PAGER=str(pager))[1]
+    assert "PAGED" not in on_terminal(*walk, lines=5, PAGER=str(pager), TERM="dumb")[1]
+    assert "PAGED" not in on_terminal(*LONG, "--format", "csv", PAGER=str(pager))[1]
+
+
+@pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}])
+def test_no_colours(env: dict[str, str]) -> None:
+    for arguments in (("--help",), ("summary", "--sample", "x86_64-7.3"), ("zork",)):
+        assert "\x1b" not in on_terminal(*arguments, PAGER="cat", **env)[1]
+
+
+def complete(words: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptinspect"],
+        env={
+            **os.environ,
+            "_PTINSPECT_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"ptinspect {words}",
+            "COMP_CWORD": str(len(words.split())),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_completion() -> None:
+    assert complete("summ") == ["summary"]
+    assert complete("--sample x86") == ["x86_64-6.1", "x86_64-7.3"]
+    assert "--format" in complete("summary --f")
+    assert "json" in complete("summary --format j")
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_command_shows_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"ptinspect {name}" in text or f"{name} " in text.partition("Example")[2]
+    assert "Example" in text
