@@ -63,7 +63,8 @@ def test_every_answer(name: str, sample: Sample, capsys: Capture) -> None:
         key: rows if isinstance(rows, list) else [rows] for key, rows in answer["tables"].items()
     }
 
-    blocks = said(sample, arguments, capsys, "csv").rstrip("\n").split("\n\n")
+    text = said(sample, arguments, capsys, "csv").rstrip("\n")
+    blocks = text.split("\n\n") if text else []
     assert len(blocks) == len(answer["tables"])
     for block, rows in zip(blocks, tables.values()):
         parsed = list(csv.DictReader(io.StringIO(block)))
