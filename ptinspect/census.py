@@ -262,7 +262,10 @@ def join(prog: Program, spaces: SpaceList, tables: Tables, scan: MemmapScan) -> 
     # Rows that did not lead to a table (a cycle, outside memory) do not hold anything.
     descriptor[(tables.state == RowState.CYCLE) | (tables.state == RowState.OUTSIDE)] = -1
     known = np.flatnonzero(descriptor >= 0)
-    rows = known[np.argsort(descriptor[known], kind="stable")].astype(np.int32)
+    # By descriptor, then by row; one sort of joined numbers is quicker than a stable argsort().
+    both = descriptor[known].astype(np.int64) << 32 | known
+    both.sort()
+    rows = (both & 0xFFFFFFFF).astype(np.int32)
     count = len(scan.pfns)
     per_descriptor = np.bincount(descriptor[known], minlength=count)
     starts = np.zeros(count + 1, np.int32)

@@ -206,7 +206,7 @@ def iter_blocks(
         except FaultError:
             yield BlockBatch(first, *_read_one_by_one(prog, addresses[first:end], size, physical))
             continue
-        yield BlockBatch(first, np.frombuffer(raw, np.uint8).reshape(end - first, size), None)
+        yield BlockBatch(first, np.ndarray((end - first, size), np.uint8, raw), None)
         # Freed before the next read, which then gets the same memory, still in the cache.
         del raw
 

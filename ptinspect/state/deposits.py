@@ -283,7 +283,10 @@ def _without_crossings(rings: list[DepositRing], tables: Tables) -> Iterator[Dep
     every = np.array([table for ring in rings for table in ring.tables], np.uint64)
     distinct, counts = np.unique(every, return_counts=True)
     twice = set(distinct[counts > 1].tolist())
-    linked = set(distinct[np.isin(distinct, tables.address[tables.level == 0])].tolist())
+    # There are few deposits and many tables: np.isin() would sort the tables.
+    lowest = tables.address[tables.level == 0]
+    place = np.minimum(np.searchsorted(distinct, lowest), max(0, len(distinct) - 1))
+    linked = set(lowest[distinct[place] == lowest].tolist()) if len(distinct) else set()
     for ring in rings:
         crossed = [table for table in ring.tables if table in twice]
         in_tree = [table for table in ring.tables if table in linked]

@@ -55,7 +55,8 @@ def filled_entries(paging: Paging, raw: EntryArray, level: int) -> Entries:
     values = paging.values(raw.reshape(-1)[places])
     # Two steps are quicker than divmod().
     row = places // raw.shape[1]
-    slot = places - row * raw.shape[1]
+    slot = row * raw.shape[1]
+    np.subtract(places, slot, out=slot)
     return Entries(row, slot, values, paging.classify(values, level))
 
 
@@ -172,7 +173,7 @@ class LeafTableCounter:
         if not known.all():
             where, filled = rows[known], filled[known]
         counts[where, EntryClass.LEAF] = filled
-        counts[where, EntryClass.NONE] = self._entries - filled
+        counts[where, EntryClass.NONE] = np.uint16(self._entries) - filled
         for tables, others in self._others:
             seen = known[tables]
             where, others = rows[tables[seen]], others[seen]
@@ -180,11 +181,16 @@ class LeafTableCounter:
             counts[where, EntryClass.LEAF] -= others.sum(axis=1, dtype=np.uint16)
 
 
-def _fold(lanes: npt.NDArray[np.uint64]) -> IndexArray:
+def _fold(lanes: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
     """Add up the bytes of each word, and the words of each row."""
     # Each byte holds up to 128; pair them so that the total cannot overflow.
     even = np.uint64(0x00FF00FF00FF00FF)
-    pairs = (lanes & even) + ((lanes >> np.uint64(8)) & even)
-    sums = (pairs * np.uint64(0x0001000100010001)) >> np.uint64(48)
-    total: IndexArray = sums.sum(axis=1).astype(np.int64)
-    return total
+    pairs = lanes & even
+    lanes = lanes >> np.uint64(8)
+    lanes &= even
+    pairs += lanes
+    # A table has fewer than 1 << 16 entries, so no pair overflows here either.
+    total: npt.NDArray[np.uint64] = pairs.sum(axis=1) if pairs.shape[1] > 1 else pairs[:, 0]
+    total *= np.uint64(0x0001000100010001)
+    total >>= np.uint64(48)
+    return total.astype(np.uint16)

@@ -43,6 +43,16 @@ class PhysicalRanges:
         inside &= (addresses < end) & (end - addresses >= np.uint64(size))
         return inside
 
+    def contain_ascending(self, addresses: AddressArray, size: int) -> BoolArray:
+        """Tell the same of addresses in ascending order, which is quicker."""
+        inside = np.zeros(len(addresses), np.bool_)
+        for begin, end in self.ranges:
+            if end - begin >= size:
+                first = np.searchsorted(addresses, np.uint64(begin))
+                last = np.searchsorted(addresses, np.uint64(end - size), side="right")
+                inside[first:last] = True
+        return inside
+
 
 def physical_ranges(prog: Program) -> PhysicalRanges:
     """

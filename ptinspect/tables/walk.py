@@ -232,8 +232,10 @@ class _Walker:
         for level in reversed(range(len(self._paging.levels))):
             frontier = self._with_roots(frontier, level)
             frontier = self._walk_level(frontier, level)
+        # The parts of each column are let go before the next is put together.
         columns = {
-            name: np.concatenate([part[name] for part in self._levels]) for name in self._levels[0]
+            name: np.concatenate([part.pop(name) for part in self._levels])
+            for name in list(self._levels[0])
         }
         self._levels.clear()
         return Tables(self._paging, self._spaces, **columns)
@@ -264,12 +266,14 @@ class _Walker:
         state = np.full(count, RowState.READ, np.uint8)
         first = np.full(count, -1, np.int32)
         counts = np.zeros((count, CLASSES), np.uint16)
-        order = np.argsort(frontier.address)
-        self._mark_cycles(frontier, order, state)
+        order, ordered = _in_order(frontier.address)
+        self._mark_cycles(frontier, ordered, state)
         if self._memory is not None:
             size = self._paging.levels[level].table_bytes
-            state[~self._memory.contain(frontier.address, size)] = RowState.OUTSIDE
-        rows = self._mark_shared(frontier, order, state, first)
+            inside = self._memory.contain_ascending(ordered, size)
+            if not inside.all():
+                state[order[~inside]] = RowState.OUTSIDE
+        rows = self._mark_shared(order, ordered, state, first)
         children: list[_Children] = []
         if level:
             children = self._read_tables(frontier, level, rows, state, counts)
@@ -299,16 +303,19 @@ class _Walker:
         return below
 
     def _mark_cycles(
-        self, frontier: _Frontier, order: npt.NDArray[np.intp], state: npt.NDArray[np.uint8]
+        self, frontier: _Frontier, ordered: AddressArray, state: npt.NDArray[np.uint8]
     ) -> None:
-        """Mark the tables that are among their own ancestors."""
-        if not self._levels or not len(order):
+        """
+        Mark the tables that are among their own ancestors.
+
+        :param ordered: Their addresses in ascending order.
+        """
+        if not self._levels or not len(ordered):
             return
         # Seldom is a table reached at two levels at all, and there are few above.
         upper = np.concatenate([columns["address"] for columns in self._levels])
-        place = np.searchsorted(frontier.address, upper, sorter=order)
-        again = frontier.address[order[np.minimum(place, len(order) - 1)]] == upper
-        if not again.any():
+        place = np.minimum(np.searchsorted(ordered, upper), len(ordered) - 1)
+        if not (ordered[place] == upper).any():
             return
         above = frontier.parent
         base = self._first_row
@@ -324,8 +331,8 @@ class _Walker:
 
     def _mark_shared(
         self,
-        frontier: _Frontier,
         order: npt.NDArray[np.intp],
+        ordered: AddressArray,
         state: npt.NDArray[np.uint8],
         first: RowArray,
     ) -> npt.NDArray[np.intp]:
@@ -333,13 +340,14 @@ class _Walker:
         Mark tables that were reached before, and get the rows to read, in order of address.
 
         :param order: All rows in order of address.
+        :param ordered: Their addresses.
         """
         usable = state == RowState.READ
         if not usable.all():
-            order = order[usable[order]]
-        ordered = frontier.address[order]
+            keep = usable[order]
+            order, ordered = order[keep], ordered[keep]
         new = np.ones(len(ordered), np.bool_)
-        new[1:] = ordered[1:] != ordered[:-1]
+        np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
         if new.all():
             return order
         # Of each group the row that comes first is followed.
@@ -499,21 +507,30 @@ class _Walker:
         by_row = np.argsort(parents)
         begins = (np.cumsum(numbers) - numbers)[by_row]
         parents, numbers = parents[by_row], numbers[by_row]
-        row = np.repeat(parents, numbers)
         if (by_row[1:] < by_row[:-1]).any():
             moved = np.repeat(begins - (np.cumsum(numbers) - numbers), numbers)
-            moved += np.arange(len(row))
+            moved += np.arange(len(moved))
             slot, address, permissions = slot[moved], address[moved], permissions[moved]
-        span = np.uint64(self._paging.levels[level].shift)
-        va = frontier.va[row] + (slot.astype(np.uint64) << span)
+        permissions &= np.repeat(frontier.permissions[parents], numbers)
+        va = slot.astype(np.uint64)
+        va <<= np.uint64(self._paging.levels[level].shift)
+        va += np.repeat(frontier.va[parents], numbers)
         return _Frontier(
-            space=frontier.space[row],
+            space=np.repeat(frontier.space[parents], numbers),
             address=address,
             va=self._paging.canonical(va),
-            parent=(row + self._first_row).astype(np.int32),
+            parent=np.repeat((parents + self._first_row).astype(np.int32), numbers),
             slot=slot,
-            permissions=frontier.permissions[row] & permissions,
+            permissions=permissions,
         )
+
+
+def _in_order(addresses: AddressArray) -> tuple[npt.NDArray[np.intp], AddressArray]:
+    """Sort addresses: their places, and the addresses themselves."""
+    if (addresses[1:] >= addresses[:-1]).all():
+        return np.arange(len(addresses)), addresses
+    order = np.argsort(addresses)
+    return order, addresses[order]
 
 
 def _hide_swap(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
