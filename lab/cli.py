@@ -20,6 +20,7 @@ from lab.initramfs import build_workload, workload_initramfs
 from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel
 from lab.run import say
 from lab.shrink import shrink, verify
+from lab.silence import silence
 from lab.truth import parse_report
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -116,6 +117,23 @@ def boot(
             say("the guest runs until Ctrl-C")
             with suppress(KeyboardInterrupt):
                 signal.pause()
+
+
+@commands.command("silence")
+@click.argument("kernel", nargs=-1, required=True)
+@click.option("--rounds", default=20, show_default=True, help="Runs of each way.")
+@click.option("--seconds", default=3600.0, show_default=True, help="When to end at the latest.")
+@click.option("--record", type=_NEW, required=True, help="Gets a line of JSON for each run.")
+def silence_command(kernel: tuple[str, ...], rounds: int, seconds: float, record: Path) -> None:
+    """Run ptinspect check on a KERNEL under load, again and again, live and paused in turn."""
+    chosen = _kernel(kernel)
+    bad = number = 0
+    for run in silence(chosen, rounds, seconds, record):
+        number += 1
+        bad += bool(run.findings)
+        for finding in run.findings:
+            say(f"{run.way} run {number}: {finding}")
+    click.echo(f"{chosen.release} {chosen.arch.name}: {number} runs, {bad} with findings")
 
 
 @commands.command("shrink")

@@ -1,0 +1,114 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``check`` on a guest under load, many times: a healthy kernel gives no finding."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lab.guest import Guest, booted
+from lab.initramfs import workload_initramfs
+from lab.kernels import Kernel
+from lab.run import say
+from ptinspect.checks import CheckResults, Verdict, run_checks
+from ptinspect.checks.run import persisting
+from ptinspect.target import Target, TargetOptions, open_target
+
+#: Longest time that the guest runs on between two looks, in seconds.
+_RUN_ON = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of all invariants."""
+
+    kernel: str
+    #: ``live`` or ``paused``.
+    way: str
+    seconds: float
+    #: What was found and persisted: false findings, unless the kernel is broken.
+    findings: tuple[str, ...]
+    #: What a single look gave that was gone at the next.
+    vanished: tuple[str, ...]
+    set_aside: tuple[str, ...]
+    #: What was not seen, and invariants that failed.
+    incomplete: tuple[str, ...]
+
+
+def silence(kernel: Kernel, rounds: int, seconds: float, record: Path) -> Iterator[Run]:
+    """
+    Boot a kernel under load and run all invariants again and again, live and stopped in turn.
+
+    :param rounds: Runs of each way, at most.
+    :param seconds: When to stop at the latest.
+    :param record: Gets a line of JSON for each run.
+    """
+    end = time.monotonic() + seconds
+    with _loaded(kernel) as (guest, target), record.open("a") as out:
+        for number in range(2 * rounds):
+            if time.monotonic() > end:
+                say(f"the time is over after {number} runs")
+                return
+            live = number % 2 == 0
+            # At another place of the load each time.
+            time.sleep(random.random() * _RUN_ON)
+            start = time.monotonic()
+            first, last = _live(target) if live else _paused(guest, target)
+            took = time.monotonic() - start
+            run = _run(kernel.release, "live" if live else "paused", took, first, last)
+            out.write(json.dumps(asdict(run)) + "\n")
+            out.flush()
+            yield run
+
+
+@contextmanager
+def _loaded(kernel: Kernel) -> Iterator[tuple[Guest, Target]]:
+    initrd = workload_initramfs(kernel.arch, kernel.modules)
+
+    def make() -> Guest:
+        return Guest(kernel.arch, kernel.image, initrd, memory=1024, smp="2", append="lab_load=1")
+
+    with booted(make, "@@ready", timeout=900) as guest:
+        options = TargetOptions(qemu=str(guest.qmp_socket), symbols=(kernel.vmlinux,))
+        with open_target(options) as target:
+            yield guest, target
+
+
+def _live(target: Target) -> tuple[CheckResults, CheckResults]:
+    results = run_checks(target.prog, racing=True)
+    return results, results
+
+
+def _paused(guest: Guest, target: Target) -> tuple[CheckResults, CheckResults]:
+    """What ``check --pause`` does: a second look after the guest ran on."""
+    guest.stop()
+    first = run_checks(target.prog)
+    guest.cont()
+    if not first.findings:
+        return first, first
+    time.sleep(0.3)
+    guest.stop()
+    only = {finding.invariant for finding in first.findings}
+    second = run_checks(target.prog, only=only)
+    guest.cont()
+    return first, persisting(first, second)
+
+
+def _run(release: str, way: str, seconds: float, first: CheckResults, last: CheckResults) -> Run:
+    kept = set(last.findings)
+    told = [f"{f.invariant}: {f.message} {dict(f.evidence)} {f.owner}" for f in last.findings]
+    gone = [f"{f.invariant}: {f.message} {f.owner}" for f in first.findings if f not in kept]
+    gone += [f"{r.invariant.id}: {r.vanished}" for r in last.results if r.vanished]
+    aside = [f"{r.invariant.id}: {n} {why}" for r in last.results for why, n in r.set_aside]
+    lost = list(last.missing)
+    for result in last.results:
+        lost += [f"{result.invariant.id}: {what}" for what in result.missing]
+        if result.verdict is Verdict.FAILED:
+            lost.append(f"{result.invariant.id} FAILED {result.reason}")
+    return Run(release, way, round(seconds, 2), tuple(told), tuple(gone), tuple(aside), tuple(lost))
