@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from drgn import FaultError, Object, Program, TypeKind
+from drgn import FaultError, Object, Program, TypeKind, cast
 
 from ptinspect.census import Census
 from ptinspect.checks.leaves import LeafPass
@@ -38,6 +38,8 @@ class Context:
         self.census = census
         self._areas: dict[int, tuple[Areas | None, str]] = {}
         self._busy: dict[int, str] = {}
+        #: By address of a ``struct file``.
+        self._hugetlb: dict[int, int] = {}
 
     @property
     def tables(self) -> Tables:
@@ -191,6 +193,19 @@ class Context:
                 try_areas(self.prog, mm) if mm is not None else (None, "the space has no mm")
             )
         return self._areas[space]
+
+    def hugetlb_bytes(self, areas: Areas, index: int) -> int:
+        """Get the page size of a hugetlb area; 0 if it cannot be read."""
+        file = int(areas.files[index])
+        if file not in self._hugetlb:
+            try:
+                node = Object(self.prog, "struct file *", file).f_inode
+                info = cast("struct hugetlbfs_sb_info *", node.i_sb.s_fs_info)
+                order = int(info.hstate.order.value_())
+                self._hugetlb[file] = self.paging.page_bytes << order if order < 32 else 0
+            except (FaultError, LookupError):
+                self._hugetlb[file] = 0
+        return self._hugetlb[file]
 
     def mm(self, space: int) -> Object | None:
         """Get the ``struct mm_struct *`` of a space."""

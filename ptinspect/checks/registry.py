@@ -11,7 +11,7 @@ from ptinspect.checks.model import Check, Invariant, Severity, Unverified
 from ptinspect.errors import UsageError
 
 #: Modules of this folder that hold invariants.
-FAMILIES = ("structure", "descriptor", "accounting", "deposits", "layout")
+FAMILIES = ("structure", "roots", "descriptor", "accounting", "deposits", "layout")
 
 _INVARIANTS: dict[str, Invariant] = {}
 _UNVERIFIED: dict[str, Unverified] = {}

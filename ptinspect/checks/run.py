@@ -186,9 +186,13 @@ def _intersect(results: Sequence[Result], again: Sequence[Result]) -> list[Resul
 
 def _kept(result: Result, again: Result) -> Result:
     # A round that could not finish says nothing about what it did not find.
-    if again.verdict is Verdict.FAILED or again.truncated:
+    if again.verdict is Verdict.FAILED:
         return result
     second = set(again.findings)
     kept = tuple(finding for finding in result.findings if finding in second)
     gone = len(result.findings) - len(kept)
-    return _judged(replace(result, findings=kept, vanished=result.vanished + gone))
+    missing = result.missing
+    if result.truncated and not kept:
+        # Nobody has looked again at the suspects that were not kept.
+        missing += ("there were more suspects than could be looked at again",)
+    return _judged(replace(result, findings=kept, vanished=result.vanished + gone, missing=missing))

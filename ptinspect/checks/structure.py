@@ -799,6 +799,52 @@ def _cont_entries(batch: Batch) -> tuple[int, BoolArray]:
     return len(places), suspect
 
 
+@question("hugetlb-leaf")
+def _hugetlb_leaves(batch: Batch) -> tuple[int, BoolArray]:
+    context = batch.context
+    asked = context.process_space[batch.space] & (batch.kind == EntryClass.LEAF)
+    suspect = np.zeros(len(asked), np.bool_)
+    places = np.flatnonzero(asked)
+    number = 0
+    space, va = batch.space[places], batch.va[places]
+    sizes = context.paging.leaf_bytes(batch.value[places], batch.level)
+    for one in np.unique(space).tolist():
+        areas = context.areas(one)
+        if areas is None or not (areas.flags & np.uint64(VM_HUGETLB)).any():
+            continue
+        here = np.flatnonzero(space == one)
+        area = areas.index_of(va[here])
+        inside = area >= 0
+        inside[inside] = (areas.flags[area[inside]] & np.uint64(VM_HUGETLB)) != 0
+        number += int(np.count_nonzero(inside))
+        expected = np.array([context.hugetlb_bytes(areas, n) for n in area[inside]], np.uint64)
+        wrong = (expected != 0) & (sizes[here[inside]] != expected)
+        suspect[places[here[inside][wrong]]] = True
+    return number, suspect
+
+
+@invariant(
+    "hugetlb-leaf-size",
+    severity=Severity.SUSPICIOUS,
+    applies="pages of hugetlb areas; not riscv64",
+    source="huge_pte_alloc() and set_huge_pte_at() of each architecture",
+    false_positives="none known",
+    breaks="a small page mapped into a hugetlb area, the wrong hstate",
+)
+def hugetlb_leaf_size(context: Context, tally: Tally) -> Iterator[Finding]:
+    """
+    A hugetlb area maps pages of its file's size only.
+
+    All that handles the area works on whole huge pages.
+    """
+    if context.arch == "riscv64":
+        raise NotApplicableError("several entries of riscv64 can make a huge page (Svnapot)")
+    asked, batches = context.leaves.suspects("hugetlb-leaf")
+    tally.examine(asked)
+    _miss_unread(context, tally)
+    yield from _leaf_findings(context, batches, "not of the size of its hugetlb area")
+
+
 @invariant(
     "arm64-cont-blocks",
     severity=Severity.SUSPICIOUS,

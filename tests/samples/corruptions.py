@@ -16,7 +16,8 @@ from damage import Damage, NotHereError
 from ptinspect.kernel.descriptor import flags_bit, page_type_test
 from ptinspect.kernel.paging import EntryClass, Permission
 from ptinspect.kernel.paging.model import PLAIN_SWAP
-from ptinspect.tables.spaces import SpaceKind
+from ptinspect.tables.spaces import Space, SpaceKind
+from ptinspect.tables.vmas import VM_HUGETLB
 
 Corruption = Callable[[Damage], int]
 
@@ -155,9 +156,9 @@ def forbid_user_mode_a_page(d: Damage) -> int:
 @breaks("table-alignment")
 def misalign_a_table(d: Damage) -> int:
     if d.arch == "s390x":
-        # Half a page: its bit is part of the origin.
-        address = d.entry_address(d.row(0))
-        return d.write_entry(address, d.entry(address) | 0x800)
+        # A quarter of a segment table: its bit is part of the origin.
+        address = d.entry_address(d.row(1))
+        return d.write_entry(address, d.entry(address) | 0x1000)
     if d.arch == "ppc64":
         address = d.entry_address(d.row(1, typed=False))
         return d.write_entry(address, d.entry(address) | 0x100)
@@ -234,6 +235,75 @@ def name_a_swap_area_that_is_not_there(d: Damage) -> int:
     assert d.paging.classify(np.array([value], np.uint64), 0)[0] == EntryClass.SWAP
     row = d.row(0, space=d.space("sparse"))
     return d.write_entry(d.slot_address(row, d.slots(row, EntryClass.NONE)[0]), value)
+
+
+# Roots.
+
+
+def _process(d: Damage) -> Space:
+    return next(s for s in d.tables.spaces if s.kind is SpaceKind.USER and s.tasks and s.mm)
+
+
+@breaks("s390-asce-root")
+def move_the_pgd(d: Damage) -> int:
+    if d.arch != "s390x":
+        raise NotHereError("only s390 has an ASCE beside mm->pgd")
+    space = _process(d)
+    assert space.mm is not None
+    pgd = space.mm.object(d.prog).pgd
+    d.write_object(pgd, pgd.value_() + 0x4000)
+    return space.mm.address
+
+
+@breaks("radix-process-table")
+def change_the_process_table(d: Damage) -> int:
+    if d.arch != "ppc64":
+        raise NotHereError("only ppc64 with the radix MMU has a process table")
+    space = _process(d)
+    assert space.mm is not None
+    mm = space.mm.object(d.prog)
+    entry = d.prog["process_tb"][int(mm.context.id)].prtb0
+    # Big-endian: the lowest byte of the base comes last but two.
+    d.write_object(entry, int(entry) ^ 1 << 40)
+    return space.mm.address
+
+
+@breaks("x86-kernel-half")
+def lose_a_kernel_entry(d: Damage) -> int:
+    if d.arch != "x86_64":
+        raise NotHereError("only x86 keeps a copy of the kernel's part in every root")
+    root = _process(d).root.address
+    slots = [slot for slot in range(256, 512) if d.entry(root + 8 * slot)]
+    return d.write_entry(root + 8 * slots[0], 0)
+
+
+@breaks("x86-pti-user-root")
+def lose_an_entry_of_user_mode(d: Damage) -> int:
+    if not getattr(d.paging, "isolated", False):
+        raise NotHereError("no page-table isolation")
+    root = _process(d).root.address | 4096
+    slots = [slot for slot in range(256) if d.entry(root + 8 * slot)]
+    return d.write_entry(root + 8 * slots[0], 0)
+
+
+@breaks("hugetlb-leaf-size")
+def move_small_pages_into_a_hugetlb_area(d: Damage) -> int:
+    for name in ("hugetlb-a", "hugetlb-b"):
+        number = d.space(name)
+        areas = d.context.areas(number)
+        assert areas is not None
+        for row in d.rows(1, space=number, typed=False, shared=True):
+            for slot in d.slots(row, EntryClass.LEAF):
+                place = int(areas.index_of(np.array([d.slot_va(row, slot)], np.uint64))[0])
+                if place < 0 or not int(areas.flags[place]) & VM_HUGETLB:
+                    continue
+                small = d.row(0, space=number)
+                page = d.slots(small, EntryClass.LEAF)[0]
+                address = d.entry_address(small)
+                d.write_entry(d.slot_address(row, slot), d.entry(address))
+                d.write_entry(address, d.paging.levels[1].empty)
+                return d.slot_address(small, page)
+    raise NotHereError("no hugetlb page is mapped")
 
 
 # Descriptors.

@@ -91,8 +91,10 @@ class Damage:
                 return number
         raise NotHereError(f"the workload made no process {name}")
 
-    def rows(self, level: int, *, space: int | None = None, typed: bool = True) -> list[int]:
-        """Get the rows of tables of processes that were read and are nobody else's, by address."""
+    def rows(
+        self, level: int, *, space: int | None = None, typed: bool = True, shared: bool = False
+    ) -> list[int]:
+        """Get the rows of tables of processes that were read; those of others too if *shared*."""
         tables = self.tables
         here = (tables.level == level) & (tables.state == RowState.READ) & (tables.parent >= 0)
         here &= self.context.process_space[tables.space]
@@ -100,8 +102,8 @@ class Damage:
             here &= tables.space == space
         if typed:
             here &= self.census.descriptor >= 0
-        shared = np.unique(tables.first[tables.first >= 0])
-        here[shared] = False
+        if not shared:
+            here[np.unique(tables.first[tables.first >= 0])] = False
         return [int(row) for row in np.flatnonzero(here)]
 
     def row(self, level: int, **chosen: Any) -> int:
