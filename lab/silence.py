@@ -59,7 +59,12 @@ def silence(kernel: Kernel, rounds: int, seconds: float, record: Path) -> Iterat
             # At another place of the load each time.
             time.sleep(random.random() * _RUN_ON)
             start = time.monotonic()
-            first, last = _live(target) if live else _paused(guest, target)
+            try:
+                first, last = _live(target) if live else _paused(guest, target)
+            except OSError as error:
+                # Under emulation a guest now and then dies by itself.
+                say(f"the guest is gone after {number} runs: {error}")
+                return
             took = time.monotonic() - start
             run = _run(kernel.release, "live" if live else "paused", took, first, last)
             out.write(json.dumps(asdict(run)) + "\n")

@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from drgn import FaultError
 
-from ptinspect.census import Holder
 from ptinspect.checks.context import Context
-from ptinspect.checks.model import Finding, Severity, Tally
+from ptinspect.checks.model import Finding, Severity, Tally, Value
 from ptinspect.checks.registry import invariant
+from ptinspect.orphans import describe_orphans
 from ptinspect.reached import census_missing
 from ptinspect.tables.counters import read_nr_pagetable
 from ptinspect.tables.scan import counted_pages
@@ -73,8 +75,34 @@ def typed_reachability(context: Context, tally: Tally) -> Iterator[Finding]:
         tally.miss(f"not everything that may hold a table was seen: {missing[0]}")
         return
     tally.examine(len(census.scan.pfns))
-    for index in np.flatnonzero(census.holder == Holder.UNEXPLAINED).tolist():
-        yield context.descriptor_finding(index, "nothing holds this table")
+    known = describe_orphans(context.prog, census)
+    if known.missing:
+        tally.miss(f"a stack that may name a table was not seen: {known.missing[0]}")
+    unnamed = [orphan for orphan in known.orphans if not orphan.on_stacks]
+    for _ in range(len(known.orphans) - len(unnamed)):
+        tally.leave("a kernel stack names it: on its way into a tree or out of one")
+    # What a CPU has just taken may be in its registers only: one table for each that does it.
+    if len(unnamed) <= len(known.at_work):
+        for _ in unnamed:
+            tally.leave("a CPU takes tables out of a tree or frees them just now")
+        return
+    for orphan in unnamed:
+        yield context.descriptor_finding(
+            orphan.index,
+            "nothing holds this table",
+            # On a target that runs, these tell a table that stays from the next one in its page.
+            contents=_checksum(context, orphan.pfn * context.paging.page_bytes),
+            descriptor=zlib.crc32(census.scan.descriptors[orphan.index].tobytes()),
+            last_used="; ".join(f"as {u.level}: {u.used} of {u.entries}" for u in orphan.used_as),
+        )
+
+
+def _checksum(context: Context, address: int) -> Value:
+    """Get a number that stands for the contents of a page."""
+    try:
+        return zlib.crc32(context.prog.read(address, context.paging.page_bytes, True))
+    except FaultError:
+        return "unreadable"
 
 
 @invariant(

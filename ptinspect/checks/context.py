@@ -233,23 +233,12 @@ class Context:
             return "the mm is being torn down"
         if mm.mmap_lock.count.counter.value_():
             return "mmap_lock is held"
-        if any(mm.page_table_lock.to_bytes_()):
-            return "page_table_lock is held"
-        if self._locked_tables(space):
-            return "the lock of a table is held"
+        locks = self.census.stories.locks
+        if (locks.held & (locks.space == space)).any():
+            return "page_table_lock or the lock of a table is held"
         if self._locked_areas(space):
             return "a memory area is locked"
         return ""
-
-    def _locked_tables(self, space: int) -> bool:
-        """Whether any table of an mm has its own lock taken."""
-        rows = self.tables.rows_of_space(space)
-        index = self.census.descriptor[rows]
-        index = index[(index >= 0) & (self.tables.level[rows] <= 1)]
-        ptl = self.census.scan.descriptors["ptl"][index]
-        if not self.locks_embedded:
-            return False
-        return bool((ptl != 0).any())
 
     @cached_property
     def locks_embedded(self) -> bool:

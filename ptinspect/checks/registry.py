@@ -11,7 +11,18 @@ from ptinspect.checks.model import Check, Invariant, Severity, Unverified
 from ptinspect.errors import UsageError
 
 #: Modules of this folder that hold invariants.
-FAMILIES = ("structure", "roots", "descriptor", "accounting", "deposits", "layout")
+FAMILIES = (
+    "structure",
+    "roots",
+    "descriptor",
+    "lists",
+    "accounting",
+    "deposits",
+    "locks",
+    "fragments",
+    "gmap",
+    "layout",
+)
 
 _INVARIANTS: dict[str, Invariant] = {}
 _UNVERIFIED: dict[str, Unverified] = {}

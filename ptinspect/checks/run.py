@@ -30,8 +30,9 @@ from ptinspect.reached import census_missing
 #: Findings of one invariant that are kept.
 MOST_FINDINGS = 1000
 
-#: How often a target that runs is looked at again, and seconds before each time.
-ROUNDS = 2
+#: How often a target that runs is looked at again as long as something is suspected, and seconds
+#: before each time. Pages are given out again at once, so that twice is not enough.
+ROUNDS = 4
 _PAUSE = 0.2
 
 #: Called before each invariant with (how many are done, how many there are).

@@ -33,6 +33,9 @@ from ptinspect.tables.scan import MemmapScan
 from ptinspect.tables.spaces import SpaceKind
 from ptinspect.tables.walk import Tables
 
+#: No list node is in the first page of any address space.
+_LOWEST_ADDRESS = 4096
+
 PGD_LIST = "pgd_list"
 FREE_LIST = "kernel_pgtable_work.list"
 
@@ -182,7 +185,9 @@ def _roles(
     following = scan.descriptors["pt_list.next"].astype(np.uint64)
     previous = scan.descriptors["pt_list.prev"].astype(np.uint64)
     own = (following == node) & (previous == node)
-    likely = np.flatnonzero(~own & (following >> np.uint64(63) != 0) & (previous != 0))
+    # Not only addresses with the highest bit set: those of s390 are low.
+    lowest = np.uint64(_LOWEST_ADDRESS)
+    likely = np.flatnonzero(~own & (following >= lowest) & (previous >= lowest))
     linked = _points_to(prog, following[likely] + np.uint64(8), node[likely])
     linked &= _points_to(prog, previous[likely], node[likely])
     roles[likely[linked]] = Role.OTHER_LIST

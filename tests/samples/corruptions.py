@@ -8,14 +8,17 @@ A function damages a target and returns the address that a finding of that invar
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import numpy as np
 from damage import Damage, NotHereError
 
-from ptinspect.kernel.descriptor import flags_bit, page_type_test
+from ptinspect.kernel.descriptor import byte_order, flags_bit, page_type_test
+from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.kernel.paging import EntryClass, Permission
 from ptinspect.kernel.paging.model import PLAIN_SWAP
+from ptinspect.state.gmap import Gmap
 from ptinspect.tables.spaces import Space, SpaceKind
 from ptinspect.tables.vmas import VM_HUGETLB
 
@@ -25,6 +28,7 @@ CORRUPTIONS: dict[str, Corruption] = {}
 
 #: What cannot be broken by damaging memory, and where it is proven instead.
 ELSEWHERE = {
+    "kernel-work-list": "not proven: no sample frees kernel tables later",
     "table-match": "types, not memory: tests/unit/test_checks_run.py",
 }
 
@@ -396,7 +400,10 @@ def unlink_the_tables_of_a_page(d: Damage) -> int:
         rows = set(d.census.rows_of(index).tolist())
         return not rows <= unlinkable
 
-    unlinkable = set(d.rows(0))
+    # What a cache of fragments keeps is no orphan.
+    cached = set(d.census.stories.parted_pages.held_pfns.tolist())
+    pfns = d.census.scan.pfns
+    unlinkable = {row for row in d.rows(0) if int(pfns[d.index(row)]) not in cached}
     pages = sorted({d.index(row) for row in unlinkable}, key=lambda i: len(d.census.rows_of(i)))
     for index in pages:
         if not others(index):
@@ -452,3 +459,157 @@ def fill_an_entry_of_a_deposit(d: Damage) -> int:
     leaf = d.slots(row, EntryClass.LEAF)[0]
     d.write_entry(table + 8 * 16, d.entry(d.slot_address(row, leaf)))
     return table
+
+
+# Lists, and tables that wait to be freed.
+
+
+@breaks("list-integrity")
+def break_a_back_link(d: Damage) -> int:
+    for found in d.census.stories.lists.lists:
+        if found.ptdescs:
+            d.write_page_member(found.pfns[0], "pt_list.prev", found.head ^ 0x10)
+            return found.head
+    raise NotHereError("no descriptor is on a list of this kernel")
+
+
+@breaks("table-on-no-list")
+def link_two_tables_in_a_list(d: Damage) -> int:
+    one, other = sorted({d.index(row) for row in d.rows(0)})[:2]
+    fields = d.census.scan.descriptors.dtype.fields
+    assert fields is not None
+    offset = fields["pt_list.next"][1]
+    for here, there in ((one, other), (other, one)):
+        node = int(d.census.scan.addresses[there]) + offset
+        d.write_member(here, "pt_list.next", node)
+        d.write_member(here, "pt_list.prev", node)
+    return int(d.census.scan.addresses[one])
+
+
+@breaks("pending-not-linked")
+def link_a_table_that_waits(d: Damage) -> int:
+    pending = d.census.stories.pending
+    if not len(pending.addresses):
+        raise NotHereError("no table waits to be freed")
+    row = d.row(0)
+    address = d.entry_address(row)
+    target = int(pending.addresses[0])
+    d.write_entry(address, d.retarget(d.entry(address), target, level=1))
+    return target
+
+
+# Locks.
+
+
+@breaks("ptl-legal")
+def write_over_a_lock(d: Damage) -> int:
+    # No lock word, and no pointer.
+    return d.write_member(_a_table(d), "ptl", 0x7FF4)
+
+
+@breaks("ptl-has-holder")
+def lock_a_table_for_ever(d: Damage) -> int:
+    story = d.census.stories.locks
+    if any(task.pid for task in story.running.values()):
+        raise NotHereError("a CPU is not idle, and could be who has the lock")
+    index = _a_table(d)
+    row = int(np.flatnonzero(story.descriptor == index)[0])
+    assert story.type is not None
+    order = byte_order(d.prog)
+    word = int(story.address[row]) + (story.type.word or 0)
+    # Locked; where the owner is kept too, by CPU 0.
+    d.write(word, struct.pack(f"{order}I", 1))
+    return int(d.census.scan.addresses[index])
+
+
+@breaks("ptl-kernel-unused")
+def lock_a_kernel_table(d: Damage) -> int:
+    if flags_bit(d.prog, "PT_kernel") is None:
+        raise NotHereError("this kernel gives the kernel's tables locks too")
+    kernel = d.context.descriptors_of(d.context.kernel_space)
+    return d.write_member(int(kernel[0]), "ptl", 1)
+
+
+# Pages that hold several tables.
+
+
+@breaks("ppc-frag-refcount")
+def count_a_fragment_more(d: Damage) -> int:
+    if d.census.stories.fragments is None:
+        raise NotHereError("only ppc64 has table fragments")
+    index = _a_table(d)
+    d.write_member(index, "pt_frag_refcount", d.member(index, "pt_frag_refcount") + 1)
+    return int(d.census.scan.pfns[index]) * d.paging.page_bytes
+
+
+@breaks("s390-half-state")
+def mark_a_linked_half_as_free(d: Damage) -> int:
+    if d.census.stories.halves is None:
+        raise NotHereError("only s390 up to 6.7 keeps two page tables in a page")
+    row = d.row(0)
+    index = d.index(row)
+    half = 2 if int(d.tables.address[row]) % 4096 else 1
+    bits = d.member(index, "__page_refcount") & 0xFFFFFFFF
+    d.write_member(index, "__page_refcount", bits & ~(half << 24))
+    return int(d.census.scan.pfns[index]) * d.paging.page_bytes
+
+
+@breaks("s390-upper-half")
+def write_behind_a_table(d: Damage) -> int:
+    context = d.prog.type("struct mm_struct").member("context").type
+    if d.arch != "s390x" or context.has_member("pgtable_list"):
+        raise NotHereError("only s390 since 6.8 leaves the second half of the page free")
+    for row in d.rows(0):
+        mm = d.context.mm(int(d.tables.space[row]))
+        assert mm is not None
+        if not context.has_member("has_pgste") or not int(mm.context.has_pgste):
+            address = int(d.tables.address[row])
+            d.write_entry(address + 2048, 1)
+            return address
+    raise NotHereError("every process has PGSTEs")
+
+
+# Guests.
+
+
+def _guest(d: Damage) -> Gmap:
+    for gmap in d.census.stories.gmaps.gmaps.gmaps:
+        if not gmap.kvm_owned and not gmap.shadow and gmap.host_to_guest.entries:
+            return gmap
+    raise NotHereError("no guest address space of this generation (s390 before 7.0)")
+
+
+@breaks("gmap-h2g-g2h")
+def empty_a_segment_of_a_guest(d: Damage) -> int:
+    host, entry = next(iter(_guest(d).host_to_guest.entries.items()))
+    d.write_entry(virtual_to_physical(d.prog, entry), d.paging.levels[1].empty)
+    return host << 20
+
+
+@breaks("gmap-crst-index")
+def change_the_guest_address_of_a_table(d: Damage) -> int:
+    table = next(t for t in _guest(d).crst_list if t.index is not None)
+    assert table.index is not None
+    d.write_page_member(table.pfn, "pt_index", table.index ^ 1 << 20)
+    return table.pfn * d.paging.page_bytes
+
+
+@breaks("gmap-mirrors-host")
+def give_the_guest_another_table(d: Damage) -> int:
+    gmap = _guest(d)
+    for guest, host in gmap.guest_to_host.entries.items():
+        entry = gmap.host_to_guest.entries.get(host >> 20)
+        if entry is None:
+            continue
+        address = virtual_to_physical(d.prog, entry)
+        other = int(d.tables.address[d.row(0)])
+        d.write_entry(address, d.retarget(d.entry(address), other, level=1))
+        return guest << 20
+    raise NotHereError("no segment is mapped")
+
+
+@breaks("gmap-tables")
+def take_a_reference_to_a_table_of_a_guest(d: Damage) -> int:
+    table = _guest(d).crst_list[0]
+    d.write_page_member(table.pfn, "__page_refcount", 2)
+    return table.pfn * d.paging.page_bytes
