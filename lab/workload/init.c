@@ -62,6 +62,9 @@ static void make_states(void)
 	spawn("thp", state_thp);
 	spawn("hugetlb-a", state_hugetlb);
 	spawn("hugetlb-b", state_hugetlb);
+	spawn("hugetlb-c", state_hugetlb_third);
+	spawn("thp-moved", state_thp_moved);
+	spawn("reclaimed", state_reclaimed);
 	spawn("prot-none", state_prot_none);
 	spawn("fork-tree", state_fork_tree);
 	spawn("\x1b[31mred\nrow\xe2\x80\xae", state_hostile_name);

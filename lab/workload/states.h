@@ -173,17 +173,32 @@ static bool has_huge_pages(void)
 	       (at = strstr(text, "AnonHugePages:")) && strtoul(at + 14, NULL, 10) > 0;
 }
 
+/* Bytes of a transparent huge page; 0 if there are none, or they are too large for a small guest. */
+static size_t huge_page_bytes(const char *state)
+{
+	char text[64];
+	size_t huge;
+
+	if (read_file("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", text, sizeof(text)) < 0) {
+		skip("%s: the kernel or the machine has no transparent huge pages", state);
+		return 0;
+	}
+	huge = strtoul(text, NULL, 10);
+	if (huge > MIB(4)) {
+		skip("%s: a huge page of %zu MiB is too large here", state, huge >> 20);
+		return 0;
+	}
+	return huge;
+}
+
 /* Huge anonymous pages, each with a table deposited; one of them split, one PROT_NONE. */
 static void state_thp(void)
 {
-	size_t huge, i;
-	char text[64], *at, *zero;
+	size_t huge = huge_page_bytes("thp"), i;
+	char *at, *zero;
 
-	if (read_file("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size", text, sizeof(text)) < 0)
-		return skip("thp: the kernel or the machine has no transparent huge pages");
-	huge = strtoul(text, NULL, 10);
-	if (huge > MIB(4))
-		return skip("thp: a huge page of %zu MiB is too large here", huge >> 20);
+	if (!huge)
+		return;
 	at = map_aligned(4 * huge, huge, PROT_READ | PROT_WRITE, ANON);
 	if (!at)
 		return skip("thp: mmap failed");
@@ -204,6 +219,50 @@ static void state_thp(void)
 	peek(zero);
 	peek(zero + huge);
 	made("thp-zero %p 2 reads that may map the huge zero page", zero);
+}
+
+/* In different PMD tables: these cover a GiB or less. */
+#define MOVED_FROM ((void *)GIB(80))
+#define MOVED_TO ((void *)GIB(82))
+
+/* A huge page that moves to another PMD table, its deposited table with it; two that are split. */
+static void state_thp_moved(void)
+{
+	size_t huge = huge_page_bytes("thp-moved"), i;
+	char *at, *to;
+
+	if (!huge)
+		return;
+	at = map(MOVED_FROM, 4 * huge, PROT_READ | PROT_WRITE, ANON | MAP_FIXED_NOREPLACE, -1);
+	if (!at)
+		return skip("thp-moved: mmap failed (errno %d)", errno);
+	madvise(at, 4 * huge, MADV_HUGEPAGE);
+	for (i = 0; i < 4; i++)
+		poke(at + i * huge);
+	if (!has_huge_pages())
+		return skip("thp-moved: no huge page was given");
+	to = mremap(at + 2 * huge, huge, huge, MREMAP_MAYMOVE | MREMAP_FIXED, MOVED_TO);
+	if (to != MOVED_TO)
+		return skip("thp-moved: the kernel refused (errno %d)", errno);
+	made("thp-moved %p a huge page moved from %p", to, at + 2 * huge);
+	for (i = 0; i < 2; i++)
+		madvise(at + i * huge + 3 * page_size, page_size, MADV_DONTNEED);
+	made("thp-withdrawn %p 2 huge pages split, the third was moved, the fourth is whole", at);
+}
+
+/* Whole tables zapped at once: since 6.14 the kernel gives such tables back (PT_RECLAIM). */
+static void state_reclaimed(void)
+{
+	size_t i, tables = 6;
+	char *at = map_aligned(tables * TABLE_SPAN, TABLE_SPAN, PROT_READ | PROT_WRITE, ANON);
+
+	if (!at)
+		return skip("reclaimed: mmap failed");
+	madvise(at, tables * TABLE_SPAN, MADV_NOHUGEPAGE);
+	for (i = 0; i < tables; i++)
+		poke(at + i * TABLE_SPAN + i * page_size);
+	madvise(at, tables * TABLE_SPAN, MADV_DONTNEED);
+	made("reclaimed %p %zu tables, zapped whole", at, tables);
 }
 
 /* Anonymous memory in pieces of 64 KiB: arm64 marks each piece's 16 entries as contiguous. */
@@ -252,26 +311,50 @@ static void state_64k(void)
 /* The sharing of PMD tables needs a shared mapping that covers an aligned GiB. */
 #define HUGETLB_AT ((void *)GIB(64))
 
-static void state_hugetlb(void)
+static char *map_hugetlb(const char *state)
 {
 	int fd = open("/huge/shared", O_RDWR | O_CREAT, 0600);
 	size_t i;
-	char *at;
+	char *at = NULL;
 
 	if (!option("lab_hugepages", 0))
-		return skip("hugetlb: the kernel or the machine has no huge pages");
-	if (fd < 0)
-		return skip("hugetlb: no huge page file system");
-	if (ftruncate(fd, GIB(1)))
-		return skip("hugetlb: the file could not be made");
-	at = map(HUGETLB_AT, GIB(1), PROT_READ | PROT_WRITE,
-		 MAP_SHARED | MAP_NORESERVE | MAP_FIXED_NOREPLACE, fd);
-	if (!at)
-		return skip("hugetlb: mmap failed (errno %d)", errno);
-	for (i = 0; i < 3; i++)
+		skip("%s: the kernel or the machine has no huge pages", state);
+	else if (fd < 0)
+		skip("%s: no huge page file system", state);
+	else if (ftruncate(fd, GIB(1)))
+		skip("%s: the file could not be made", state);
+	else if (!(at = map(HUGETLB_AT, GIB(1), PROT_READ | PROT_WRITE,
+			    MAP_SHARED | MAP_NORESERVE | MAP_FIXED_NOREPLACE, fd)))
+		skip("%s: mmap failed (errno %d)", state, errno);
+	for (i = 0; i < 3 && at; i++)
 		poke(at + i * MIB(64));
 	close(fd);
-	made("hugetlb %p 1 GiB of a shared file, 3 pages touched", at);
+	return at;
+}
+
+static void state_hugetlb(void)
+{
+	char *at = map_hugetlb("hugetlb");
+
+	if (at)
+		made("hugetlb %p 1 GiB of a shared file, 3 pages touched", at);
+}
+
+/* A third process with the same file, and a fourth that has shared it and is gone. */
+static void state_hugetlb_third(void)
+{
+	char *at = map_hugetlb("hugetlb-third");
+	int child, status;
+
+	if (!at)
+		return;
+	child = fork();
+	if (!child) {
+		poke(at);
+		_exit(0);
+	}
+	if (child > 0 && waitpid(child, &status, 0) == child && !status)
+		made("hugetlb-third %p the same file; a child that mapped it has ended", at);
 }
 
 /* Present pages without access, next to readable ones. */

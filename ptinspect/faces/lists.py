@@ -186,6 +186,8 @@ def _pgd_notes(story: Owners) -> Iterator[str]:
         )
     else:
         yield "Only x86 lists its PGDs and writes the mm into their descriptors."
+        if any(owner.ptdesc is None for owner in story.pgds):
+            yield "Roots without a ptdesc are smaller than a page, and slab objects."
 
 
 def _pgd_row(census: Census, owner: PgdOwner) -> tuple[Cell, ...]:

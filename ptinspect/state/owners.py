@@ -16,7 +16,8 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
-from drgn import Program, offsetof
+from drgn import FaultError, Object, Program, offsetof
+from drgn.helpers.linux.mm import PageSlab, compound_head
 
 from ptinspect.kernel.descriptor import (
     byte_order,
@@ -43,6 +44,7 @@ class Verdict(Enum):
     NO_MM = "pt_mm is NULL"
     MM_UNREADABLE = "the mm cannot be read"
     OTHER_PGD = "the mm's pgd is another table"
+    OTHER_MM = "two mms have this table as their pgd"
     NOT_LISTED = "not on pgd_list"
     DESCRIPTOR_UNREADABLE = "the descriptor cannot be read"
 
@@ -53,16 +55,17 @@ class PgdOwner:
 
     #: Physical address of the table.
     table: int
-    #: Address of the ``struct ptdesc``.
-    ptdesc: int
+    #: Address of the ``struct ptdesc``; ``None`` for a small root that is a slab object.
+    ptdesc: int | None
     #: Place on pgd_list, from 0; ``None`` if it is not there.
     position: int | None
     #: What ``pt_mm`` says; ``None`` where it is no value.
     pt_mm: int | None
     #: Index into the spaces of the walk; ``None`` if no mm has this table.
     space: int | None
-    #: Pages of the allocation: 2 where page-table isolation needs a second root for user mode.
-    pages: int
+    #: Pages of the allocation: 2 where page-table isolation needs a second root for user mode;
+    #: ``None`` for a slab object.
+    pages: int | None
     #: Physical address of that second root, if it is in use.
     user_half: int | None
     verdict: Verdict
@@ -90,49 +93,52 @@ def read_owners(prog: Program, tables: Tables, lists: Lists) -> Owners:
         for space in tables.spaces
         if space.kind is SpaceKind.ISOLATED and space.mm is not None
     }
-    on_list = listed.pfns if listed is not None else ()
     page_bytes = tables.paging.page_bytes
-    by_pfn = {tables.spaces[n].root.address // page_bytes: n for n in users}
-    rest = [pfn for pfn in by_pfn if pfn not in set(on_list)]
-    pfns = np.array([*on_list, *rest], np.uint64)
-    ptdescs, known = Memmap(prog).addresses(pfns)
+    on_list = [] if listed is None else [pfn * page_bytes for pfn in listed.pfns]
+    by_root = {tables.spaces[n].root.address: n for n in reversed(users)}
+    claimed = {by_root[root] for root in on_list if root in by_root}
+    # What has the root of another mm, or none on the list, has a row of its own.
+    spaces = [*map(by_root.get, on_list), *(n for n in users if n not in claimed)]
+    rest = [tables.spaces[n].root.address for n in spaces[len(on_list) :] if n is not None]
+    roots = np.array([*on_list, *rest], np.uint64)
+    ptdescs, known = Memmap(prog).pages_of(roots)
     dtype = ptdesc_dtype(prog)
     blocks = read_blocks(prog, ptdescs, dtype.itemsize, physical=False)
     descriptors = blocks.data.view(dtype).reshape(-1)
     readable = blocks.readable & known
     pages = _pages(prog, ptdescs, descriptors, readable, recorded)
-    for row, pfn in enumerate(pfns.tolist()):
-        if pfn in by_pfn:
-            level = tables.paging.levels[tables.spaces[by_pfn[pfn]].root.level]
-            # s390's tables and powerpc's roots are larger than a page, and not always compound.
-            pages[row] = max(pages[row], level.table_bytes // page_bytes)
-    named = np.zeros(len(pfns), np.uint64)
-    if recorded:
-        named = descriptors["pt_mm"].astype(np.uint64)
+    named = descriptors["pt_mm"].astype(np.uint64) if recorded else np.zeros(len(roots), np.uint64)
     mm_pgds, mm_readable = _pgds_of(prog, named)
-    virtual = pfns * np.uint64(page_bytes) + np.uint64(direct_map_offset(prog))
+    virtual = roots + np.uint64(direct_map_offset(prog))
     owners = []
-    for row, pfn in enumerate(pfns.tolist()):
-        position = row if row < len(on_list) else None
+    for row, (root, number) in enumerate(zip(roots.tolist(), spaces)):
+        space = None if number is None else tables.spaces[number]
+        mm = None if space is None else space.mm
+        slab = not recorded and bool(readable[row]) and _in_slab(prog, int(ptdescs[row]))
+        count = int(pages[row])
+        if space is not None:
+            # s390's tables and powerpc's roots are larger than a page, and not always compound.
+            size = tables.paging.levels[space.root.level].table_bytes
+            count = max(count, size // page_bytes)
         verdict = Verdict.NOT_RECORDED
         if not readable[row]:
             verdict = Verdict.DESCRIPTOR_UNREADABLE
         elif recorded:
             verdict = _verdict(
-                int(named[row]), bool(mm_readable[row]), mm_pgds[row] == virtual[row]
+                int(named[row]),
+                bool(mm_readable[row]),
+                mm_pgds[row] == virtual[row],
+                mm is None or mm.address == int(named[row]),
+                row < len(on_list),
             )
-            if verdict is Verdict.AGREES and position is None:
-                verdict = Verdict.NOT_LISTED
-        space = by_pfn.get(pfn)
-        mm = None if space is None else tables.spaces[space].mm
         owners.append(
             PgdOwner(
-                table=pfn * page_bytes,
-                ptdesc=int(ptdescs[row]),
-                position=position,
+                table=root,
+                ptdesc=None if slab else int(ptdescs[row]),
+                position=row if row < len(on_list) else None,
                 pt_mm=int(named[row]) if recorded and readable[row] else None,
-                space=space,
-                pages=int(pages[row]),
+                space=number,
+                pages=None if slab else count,
                 user_half=None if mm is None else halves.get(mm.address),
                 verdict=verdict,
             )
@@ -144,12 +150,24 @@ def read_owners(prog: Program, tables: Tables, lists: Lists) -> Owners:
     return Owners(tuple(owners), recorded, missing, tuple(_findings(owners, tables, whole)))
 
 
-def _verdict(pt_mm: int, readable: bool, same: bool) -> Verdict:
+def _in_slab(prog: Program, page: int) -> bool:
+    """Whether a root lies among others in a slab page (arm64's pgd_cache), without descriptor."""
+    try:
+        return bool(PageSlab(compound_head(Object(prog, "struct page *", page))))
+    except FaultError:
+        return False
+
+
+def _verdict(pt_mm: int, readable: bool, same_pgd: bool, same_mm: bool, listed: bool) -> Verdict:
     if not pt_mm:
         return Verdict.NO_MM
     if not readable:
         return Verdict.MM_UNREADABLE
-    return Verdict.AGREES if same else Verdict.OTHER_PGD
+    if not same_pgd:
+        return Verdict.OTHER_PGD
+    if not same_mm:
+        return Verdict.OTHER_MM
+    return Verdict.AGREES if listed else Verdict.NOT_LISTED
 
 
 def _pgds_of(prog: Program, mms: AddressArray) -> tuple[AddressArray, BoolArray]:

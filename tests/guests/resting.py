@@ -47,9 +47,11 @@ class Stock(NamedTuple):
     series: str
     #: MiB
     memory: int = 1024
+    #: Words for the kernel's command line.
+    append: str = ""
 
     def __str__(self) -> str:
-        return f"{self.architecture}-{self.series}"
+        return "-".join((self.architecture, self.series, *self.append.split()))
 
 
 @contextmanager
@@ -62,7 +64,9 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
         pytest.skip(str(error))
 
     def make() -> Guest:
-        return Guest(kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2")
+        return Guest(
+            kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2", append=stock.append
+        )
 
     with booted(make, "@@ready", timeout=600) as guest:
         yield Running(guest, kernel, *parse_report(guest.console()))

@@ -12,7 +12,7 @@ import pytest
 from corrupt import Answer, ask
 from drgn import Object, Type, TypeMember
 from drgn.helpers.linux.list import list_for_each_entry
-from drgn.helpers.linux.mm import follow_phys, page_to_pfn, pfn_to_page, virt_to_pfn
+from drgn.helpers.linux.mm import PageSlab, compound_head, follow_phys, page_to_pfn, pfn_to_page
 from drgn.helpers.linux.pid import for_each_task
 from opened import Sample
 from overlay import Overlay
@@ -82,15 +82,20 @@ def test_owners_are_the_mms_of_tasks(sample: Sample) -> None:
         mm = task.mm.read_()
         if not mm:
             continue
-        pfn = virt_to_pfn(sample.prog, mm.pgd.value_()).value_()
-        owner = by_table[pfn * page_bytes]
+        root = physical_of(sample, mm.pgd.value_())
+        owner = by_table[root]
         assert owner.space is not None
         space = spaces[owner.space]
         assert space.mm is not None
         assert space.mm.address == mm.value_()
-        assert owner.ptdesc == pfn_to_page(sample.prog, pfn).value_()
+        page = pfn_to_page(sample.prog, root // page_bytes)
+        if owner.ptdesc is None:
+            assert page_is_slab(page)
+            assert owner.pages is None
+        else:
+            assert owner.ptdesc == page.value_()
         if is_x86(sample):
-            pt_mm = sample.prog.read_u64(owner.ptdesc + 32)
+            pt_mm = sample.prog.read_u64(page.value_() + 32)
             assert owner.pt_mm == pt_mm == mm.value_()
             assert owner.position is not None
             assert owner.verdict is Verdict.AGREES
@@ -103,6 +108,16 @@ def test_owners_are_the_mms_of_tasks(sample: Sample) -> None:
     assert len(story.pgds) == len(users)
 
 
+def physical_of(sample: Sample, address: int) -> int:
+    """Translate an address of the direct map."""
+    paging = walked(sample).paging
+    return int(paging.virtual_to_physical(sample.prog, address))
+
+
+def page_is_slab(page: Object) -> bool:
+    return bool(PageSlab(compound_head(page)))
+
+
 def test_pages_of_a_pgd(sample: Sample) -> None:
     """Two with page-table isolation, and then the second is the user half."""
     page_bytes = walked(sample).paging.page_bytes
@@ -113,6 +128,10 @@ def test_pages_of_a_pgd(sample: Sample) -> None:
     }
     for owner in owners(sample).pgds:
         page = pfn_to_page(sample.prog, owner.table // page_bytes)
+        if owner.pages is None:
+            assert page_is_slab(page)
+            continue
+        assert not page_is_slab(page)
         if is_x86(sample):
             assert owner.user_half == (owner.table + page_bytes if isolated else None)
             if owner.pages == 2 and not isolated:
@@ -186,7 +205,7 @@ def test_show_says_what_the_words_are(sample: Sample) -> None:
                 assert told.endswith(f" at ring position {position}")
     for shared in census.stories.sharing.tables:
         told = text(shared.table // page_bytes, "pt_share_count")
-        assert told.startswith("2 entries point to it (hugetlb-")
+        assert told.startswith(f"{len(shared.sharers)} entries point to it (hugetlb-")
         assert "/huge/shared" in told
 
 
@@ -296,6 +315,19 @@ def test_wrong_mm(sample: Sample, pgds: list[Object], wrong: str) -> None:
     assert f"pt_mm {value:#x}: {verdict.value}" in line
     assert verdict.value in found.line_with(f"{pgds[2].value_():#x}")
     assert pgd_answer(sample).status == 0
+
+
+def test_two_mms_with_one_pgd(sample: Sample, pgds: list[Object]) -> None:
+    """Both the PGD that lost its mm and the mm that took another's PGD are told."""
+    one, two = (
+        Object(sample.prog, "struct mm_struct *", sample.prog.read_u64(pgd.value_() + 32))
+        for pgd in pgds[5:7]
+    )
+    with Overlay(sample.prog).value_of(two.pgd, one.pgd.value_()):
+        found = pgd_answer(sample)
+    assert found.status == 1
+    assert f"pt_mm {two.value_():#x}: " in found.line_with("FINDING", Verdict.OTHER_PGD.value)
+    assert f"pt_mm {one.value_():#x}: " in found.line_with("FINDING", Verdict.OTHER_MM.value)
 
 
 def test_an_mm_that_only_pgd_list_knows(sample: Sample, pgds: list[Object]) -> None:

@@ -56,7 +56,9 @@ def test_no_other_table_has_two_parents(sample: Sample) -> None:
             assert value & 0x000FFFFFFFFFF000 == table.table
         page = pfn_to_page(sample.prog, table.table // paging.page_bytes)
         assert page.value_() == table.ptdesc
-    made_by = {space.name for space, _ in made(sample, "hugetlb")}
+    made_by = {
+        space.name for what in ("hugetlb", "hugetlb-third") for space, _ in made(sample, what)
+    }
     names = {tables.spaces[s.space].name for t in story(sample).tables for s in t.sharers}
     assert names == (made_by if story(sample).counted_by else set())
 
