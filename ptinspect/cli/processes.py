@@ -10,6 +10,8 @@ from ptinspect.cli.output import ProgressLine, emit, format_option, target_headi
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.processes import ps_report
 from ptinspect.kernel.paging import paging_of
+from ptinspect.state.deposits import read_deposits
+from ptinspect.state.pmd_tables import read_pmd_tables
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.resident import resident_pages
 from ptinspect.tables.spaces import find_spaces
@@ -48,11 +50,13 @@ def command(no_slab: bool, output_format: str) -> int:
             )
         finally:
             progress.close()
+        deposits = read_deposits(prog, tables, read_pmd_tables(prog, tables))
         resident = [resident_pages(prog, space) for space in spaces.spaces]
         report = ps_report(
             spaces,
             tables,
             space_usage(tables),
+            deposits,
             resident,
             target_heading(target),
             racing=target.racing,

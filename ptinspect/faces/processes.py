@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
+from ptinspect.state.deposits import Deposits
 from ptinspect.tables.spaces import SpaceKind, SpaceList
 from ptinspect.tables.usage import SpaceUsage
 from ptinspect.tables.walk import Tables
@@ -18,6 +19,7 @@ def ps_report(
     spaces: SpaceList,
     tables: Tables,
     usage: SpaceUsage,
+    deposits: Deposits,
     resident: Sequence[int | None],
     target: str,
     *,
@@ -28,8 +30,8 @@ def ps_report(
     order = np.argsort(-usage.table_bytes, kind="stable").tolist()
     unread = [spaces.spaces[row].name for row in order if not usage.complete[row]]
     notes = [
-        "walked KiB: tables below the root that the kernel counts too; deposited tables of huge "
-        "pages are in pgtables KiB only. empty KiB could be given back.",
+        "pgtables KiB is what the kernel counts: walked KiB (tables below the root) and deposited "
+        "KiB (spare tables of huge pages), each rounded down. empty KiB could be given back.",
     ]
     if racing:
         notes.append("The target was running while it was read: small differences are no finding.")
@@ -48,19 +50,21 @@ def ps_report(
                     *(Column(level.name, Kind.COUNT) for level in levels),
                     Column("table_KiB", Kind.COUNT),
                     Column("walked_KiB", Kind.COUNT),
+                    Column("deposited_KiB", Kind.COUNT),
                     Column("pgtables_KiB", Kind.COUNT),
                     Column("rss_KiB", Kind.COUNT),
                     Column("fill_percent", Kind.COUNT),
                     Column("empty_tables", Kind.COUNT),
                     Column("empty_KiB", Kind.COUNT),
                 ),
-                list(_rows(spaces, tables, usage, resident, order)),
+                list(_rows(spaces, tables, usage, deposits, resident, order)),
                 f"Page tables by address space ({target})",
             ),
         ),
         notes=notes,
         missing=[
             *(f"{note.source}: {note.message}" for note in spaces.notes),
+            *deposits.missing,
             *(f"not all tables of {name} could be read" for name in unread),
         ],
     )
@@ -70,10 +74,14 @@ def _rows(
     spaces: SpaceList,
     tables: Tables,
     usage: SpaceUsage,
+    deposits: Deposits,
     resident: Sequence[int | None],
     order: Sequence[int],
 ) -> Iterator[Sequence[Cell]]:
     fill = usage.fill()
+    spare = np.zeros(len(spaces.spaces), np.int64)
+    for ring in deposits.rings:
+        spare[ring.space] += len(ring.tables) * tables.paging.levels[0].table_bytes
     page_kib = tables.paging.page_bytes // 1024
     for row in order:
         space = spaces.spaces[row]
@@ -91,6 +99,7 @@ def _rows(
             *usage.tables[row].tolist(),
             int(usage.table_bytes[row]) // 1024,
             int(usage.accounted_bytes[row]) // 1024 if is_mm else None,
+            int(spare[row]) // 1024 if is_mm else None,
             mm.pgtables_bytes // 1024 if is_mm and mm is not None else None,
             None if pages is None else pages * page_kib,
             None if np.isnan(fill[row]) else round(float(fill[row]) * 100),
