@@ -10,6 +10,7 @@
  *	lab_sparse=N	sparse tables to make (48)
  *	lab_hugepages=N	huge pages for hugetlb (4)
  *	lab_load=1	after the report, keep forking, mapping and exiting for ever
+ *	lab_contend=N	after the report, N threads want the lock of one table for ever
  *	lab_scatter=1	between two sparse tables a page of memory is taken, so that no two adjoin
  *	lab_quiet=1	no report: for measurements with very many tables
  *	lab_idle=1	only load modules, mount, and say @@ready
@@ -255,6 +256,32 @@ static void keep_loading(void)
 	}
 }
 
+/* mincore() has the lock of a table for as long as it looks at its entries. */
+static void *contend(void *at)
+{
+	static unsigned char seen[TABLE_SPAN / 4096];
+
+	for (;;)
+		mincore(at, TABLE_SPAN, seen);
+	return NULL;
+}
+
+static void keep_contending(unsigned long threads)
+{
+	char *at = map_aligned(TABLE_SPAN, TABLE_SPAN, PROT_READ, ANON | MAP_NORESERVE);
+	pthread_t thread;
+	size_t i;
+
+	prctl(PR_SET_NAME, "contend");
+	madvise(at, TABLE_SPAN, MADV_NOHUGEPAGE);
+	for (i = 0; i < TABLE_SPAN; i += page_size)
+		peek(at + i);
+	printf("@@contended %p\n", at);
+	for (i = 1; i < threads; i++)
+		pthread_create(&thread, NULL, contend, at);
+	contend(at);
+}
+
 int main(int argc, char **argv)
 {
 	unsigned long flags, attempt;
@@ -338,6 +365,8 @@ int main(int argc, char **argv)
 	printf("@@ready\n");
 	if (option("lab_load", 0))
 		keep_loading();
+	if (option("lab_contend", 0))
+		keep_contending(option("lab_contend", 0));
 	wait_for_ever();
 	return 0;
 }

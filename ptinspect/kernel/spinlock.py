@@ -222,6 +222,10 @@ def word_format(prog: Program) -> WordFormat | None:
     return _generic(prog)
 
 
+#: Where a CPU queues; the second with CONFIG_PARAVIRT_SPINLOCKS (kernel/locking/qspinlock.c).
+_QUEUED_FUNCTIONS = ("queued_spin_lock_slowpath", "native_queued_spin_lock_slowpath")
+
+
 def _generic(prog: Program) -> WordFormat:
     """The queued lock, or the ticket lock that a kernel can use in the same word."""
     key = object_or_none(prog, "qspinlock_key")
@@ -229,7 +233,7 @@ def _generic(prog: Program) -> WordFormat:
         # riscv decides at boot (CONFIG_RISCV_COMBO_SPINLOCKS, arch/riscv/kernel/setup.c).
         if not key.key.enabled.counter.value_():
             return WordFormat("ticket lock", _ticket)
-    elif not _has_symbol(prog, "queued_spin_lock_slowpath"):
+    elif not any(_has_symbol(prog, name) for name in _QUEUED_FUNCTIONS):
         return WordFormat("ticket lock", _ticket)
     # _Q_SLOW_VAL, 3, marks a lock whose holder has to wake a virtual CPU (qspinlock_paravirt.h).
     slow = (3,) if _has_symbol(prog, "__pv_queued_spin_lock_slowpath") else ()

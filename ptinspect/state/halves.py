@@ -259,6 +259,8 @@ def _problems(
     # The upper half of a page with PGSTEs is no table.
     kept = np.where(pgste & (kept == LOWER), np.uint8(BOTH), kept)
     one = (allocated == LOWER) | (allocated == UPPER)
+    # A new page is put on its list only when it has been filled (page_table_alloc()).
+    new = (bits == LOWER) & (kept == 0)
     result = np.zeros(len(bits), np.uint8)
     for wrong, problem in (
         (allocated & pending, _BOTH_STATES),
@@ -269,7 +271,7 @@ def _problems(
         (pgste & (listed >= 0), _PGSTE_LISTED),
         (pgste & one, _PGSTE_HALF),
         (~one & (listed >= 0), _LISTED),
-        (one & (listed < 0), _NOT_LISTED),
+        (one & (listed < 0) & ~new, _NOT_LISTED),
         ((listed >= 0) & (space >= 0) & (listed != space), _FOREIGN_LIST),
         (allocated & ~kept, _UNLINKED),
     ):

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,14 +55,53 @@ class Stock(NamedTuple):
         return "-".join((self.architecture, self.series, *self.append.split()))
 
 
+class Busy(NamedTuple):
+    """A guest that does something for ever."""
+
+    guest: Guest
+    kernel: Kernel
+
+    @property
+    def watched(self) -> TargetOptions:
+        """How to look into it; it has to be stopped by whoever looks."""
+        return TargetOptions(qemu=str(self.guest.qmp_socket), symbols=(self.kernel.vmlinux,))
+
+
+@contextmanager
+def busy_guest(
+    stock: Stock,
+    append: str,
+    *,
+    cpus: int = 2,
+    extra: Sequence[str] = (),
+    text: str = "@@ready",
+) -> Iterator[Busy]:
+    """
+    Boot a stock kernel with the workload, which goes on doing something.
+
+    :param append: Words for the kernel command line, which tell the workload what to do.
+    :param extra: More options for QEMU.
+    :param text: What the guest says on its console when it is about to begin.
+    """
+    kernel, initrd = _prepared(stock)
+
+    def make() -> Guest:
+        return Guest(
+            *(kernel.arch, kernel.image, initrd),
+            memory=stock.memory,
+            smp=str(cpus),
+            append=append,
+            extra=extra,
+        )
+
+    with booted(make, text, timeout=600) as guest:
+        yield Busy(guest, kernel)
+
+
 @contextmanager
 def resting_guest(stock: Stock) -> Iterator[Running]:
     """Boot a stock kernel with the workload and wait until it rests."""
-    try:
-        kernel = debian_kernel(stock.suite, stock.architecture, stock.series)
-        initrd = workload_initramfs(kernel.arch, kernel.modules)
-    except (MissingToolError, ArchiveUnreachableError) as error:
-        pytest.skip(str(error))
+    kernel, initrd = _prepared(stock)
 
     def make() -> Guest:
         return Guest(
@@ -70,3 +110,12 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
 
     with booted(make, "@@ready", timeout=600) as guest:
         yield Running(guest, kernel, *parse_report(guest.console()))
+
+
+def _prepared(stock: Stock) -> tuple[Kernel, Path]:
+    """Get a kernel and the workload for it, or skip the test with the reason."""
+    try:
+        kernel = debian_kernel(stock.suite, stock.architecture, stock.series)
+        return kernel, workload_initramfs(kernel.arch, kernel.modules)
+    except (MissingToolError, ArchiveUnreachableError) as error:
+        pytest.skip(str(error))
