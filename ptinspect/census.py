@@ -31,7 +31,7 @@ from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.scan import MemmapScan, compound_orders, descriptor_indices, scan_memmap
 from ptinspect.tables.scan import Progress as ScanProgress
-from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces
+from ptinspect.tables.spaces import Space, SpaceKind, SpaceList, find_spaces, mm_slab_pages
 from ptinspect.tables.walk import Progress, RowState, Tables, Visitor, walk_spaces
 
 #: Level of a descriptor that no space reaches.
@@ -302,7 +302,10 @@ def take_census(
     :return: All tables and all typed pages, and what holds them.
     :raises PtinspectError: if the target's paging or memory model is not supported
     """
-    spaces = _with_guests(prog, find_spaces(prog))
+    # The memory map is large: it is read once, for the typed pages and for the mms.
+    mm_slabs = mm_slab_pages(prog)
+    scan = scan_memmap(prog, scan_progress, None if mm_slabs is None else mm_slabs.look)
+    spaces = _with_guests(prog, find_spaces(prog, mm_slabs=mm_slabs))
     tables = walk_spaces(
         prog,
         paging_of(prog),
@@ -312,7 +315,7 @@ def take_census(
         progress=walk_progress,
         visitor=visitor,
     )
-    census = join(prog, spaces, tables, scan_memmap(prog, scan_progress))
+    census = join(prog, spaces, tables, scan)
     return replace(census, holders_missing=tuple(dict.fromkeys(_ask_holders(census))))
 
 

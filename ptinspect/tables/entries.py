@@ -80,8 +80,8 @@ class _Flags(NamedTuple):
 
     #: bool, one after the other: whether each entry is filled.
     filled: BoolArray
-    #: uint64, shape (n, lanes, m): the same, eight of them a word.
-    tables: npt.NDArray[np.uint64]
+    #: uint64, shape (n * lanes, m): the same, eight of them a word.
+    lanes: npt.NDArray[np.uint64]
     #: uint64, the same words one after the other.
     lines: npt.NDArray[np.uint64]
     #: bool: whether anything is set in each word.
@@ -109,7 +109,7 @@ class LeafTableCounter:
         # A byte must not overflow: at most 128 words are added to one.
         self._lanes = max(1, self._lines // _WORDS_PER_SUM)
         #: By table and lane: filled entries, summed eight at a time in the bytes of a word.
-        self._filled = np.zeros((tables, self._lanes), np.uint64)
+        self._filled = np.zeros(tables * self._lanes, np.uint64)
         self._known = np.ones(tables, np.bool_)
         #: Numbers of tables, and by class the entries in them that are not plain leaves.
         self._others: list[tuple[npt.NDArray[np.intp], CountArray]] = []
@@ -118,8 +118,8 @@ class LeafTableCounter:
     def _make_flags(self, tables: int) -> _Flags:
         filled = np.empty(tables * self._entries, np.bool_)
         lines = filled.view(np.uint64)
-        by_table = lines.reshape(tables, self._lanes, self._lines // self._lanes)
-        return _Flags(filled, by_table, lines, np.empty(len(lines), np.bool_))
+        lanes = lines.reshape(tables * self._lanes, self._lines // self._lanes)
+        return _Flags(filled, lanes, lines, np.empty(len(lines), np.bool_))
 
     def add(self, first: int, raw: EntryArray, readable: BoolArray | None) -> None:
         """
@@ -130,12 +130,13 @@ class LeafTableCounter:
         :param readable: bool, shape (n,); tables for which it is False are not counted.
         """
         count = len(raw)
-        if len(self._flags.tables) != count:
+        if len(self._flags.filled) != raw.size:
             self._flags = self._make_flags(count)
-        filled, tables, lines, used = self._flags
+        filled, lanes, lines, used = self._flags
         entries = raw.reshape(-1)
         np.not_equal(entries, self._empty, out=filled)
-        np.add.reduce(tables, axis=2, out=self._filled[first : first + count])
+        here = slice(first * self._lanes, (first + count) * self._lanes)
+        np.add.reduce(lanes, axis=1, out=self._filled[here])
         if readable is not None:
             self._known[first : first + count] = readable
         np.not_equal(lines, _NO_FLAGS, out=used)
@@ -167,7 +168,7 @@ class LeafTableCounter:
         :param counts: uint16, shape (m, classes), of zeros.
         :param rows: Row of each table in it.
         """
-        filled = _fold(self._filled)
+        filled = _fold(self._filled.reshape(-1, self._lanes))
         known = self._known
         where = rows
         if not known.all():

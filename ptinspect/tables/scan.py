@@ -32,6 +32,9 @@ from ptinspect.memory import (
 #: Called now and then with (pages done, pages in all).
 Progress = Callable[[int, int], None]
 
+#: Is shown struct pages that follow each other: address of the first, uint8 rows.
+MemmapVisitor = Callable[[int, ByteArray], None]
+
 #: Bytes of the memory map in one read: less work for each read than with the usual chunks counts
 #: here for more than their fitting into a smaller cache (scripts/bench scan).
 READ_BYTES = 2 << 20
@@ -94,12 +97,16 @@ def memmap_ranges(prog: Program) -> list[PageRange]:
     return ranges
 
 
-def scan_memmap(prog: Program, progress: Progress | None = None) -> MemmapScan:
+def scan_memmap(
+    prog: Program, progress: Progress | None = None, visitor: MemmapVisitor | None = None
+) -> MemmapScan:
     """
     Find every typed page, reading the memory map in large pieces.
 
     :param prog: The kernel.
     :param progress: Called now and then with how much is done and how much there is.
+    :param visitor: Is shown the whole memory map, piece after piece, for what else is looked for
+        in it; struct pages that could not be read are zero.
     :return: The page frames and their raw descriptors as arrays, in order of the page frames.
     :raises TargetError: if the kernel does not mark its page tables, or has an unknown memory model
     :raises IncompleteError: if the section tables are not in the dump
@@ -113,7 +120,9 @@ def scan_memmap(prog: Program, progress: Progress | None = None) -> MemmapScan:
     raw: list[ByteArray] = []
     scanned = unreadable = 0
     for pages in ranges:
-        for first_pfn, address, rows, missing in _read_memmap(prog, pages, dtype.itemsize):
+        for first_pfn, address, rows, missing in read_memmap(prog, pages, dtype.itemsize):
+            if visitor is not None:
+                visitor(address, rows)
             found = matcher.find(rows)
             if len(found):
                 pfns.append(found.astype(np.uint64) + np.uint64(first_pfn))
@@ -142,13 +151,14 @@ def scan_memmap(prog: Program, progress: Progress | None = None) -> MemmapScan:
     )
 
 
-def _read_memmap(
+def read_memmap(
     prog: Program, pages: PageRange, page_struct_bytes: int
 ) -> Iterator[tuple[int, int, ByteArray, int]]:
     """
     Read the struct pages of a range: (first pfn, its address, uint8 rows, how many are missing).
 
-    Rows that cannot be read are zero, and no page type is zero.
+    Rows that cannot be read are zero, and no page type is zero. Let go of the rows before the next
+    are read: they then come in the same memory, which is still in the cache.
     """
     per_read = READ_BYTES // page_struct_bytes
     for first in range(pages.start_pfn, pages.end_pfn, per_read):

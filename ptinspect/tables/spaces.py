@@ -26,7 +26,7 @@ from ptinspect.kernel.paging import MmFields, Paging, Root, paging_of
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.lists import walk_list, walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
-from ptinspect.tables.slabs import slab_objects
+from ptinspect.tables.slabs import SlabPages, slab_objects
 
 #: task_struct.flags (include/linux/sched.h)
 _PF_KTHREAD = 0x00200000
@@ -176,23 +176,45 @@ class SpaceList:
         return next((s for s in self.spaces if s.kind is SpaceKind.KERNEL), None)
 
 
-def find_spaces(prog: Program, *, slab: bool = True, isolated: bool = True) -> SpaceList:
+def mm_slab_pages(prog: Program) -> SlabPages | None:
+    """
+    Get what gathers the pages of the mm_struct cache, for somebody who reads the memory map.
+
+    :param prog: The kernel.
+    :return: ``None`` if the cache cannot be found; :func:`find_spaces` then says why.
+    """
+    cache = object_or_none(prog, "mm_cachep")
+    try:
+        return None if cache is None else SlabPages(prog, cache)
+    except _BROKEN:
+        return None
+
+
+def find_spaces(
+    prog: Program,
+    *,
+    slab: bool = True,
+    isolated: bool = True,
+    mm_slabs: SlabPages | None = None,
+) -> SpaceList:
     """
     List every address space.
 
     :param prog: The kernel.
     :param slab: Whether to look for mms in the slab cache too, which reads the whole memory map.
     :param isolated: Whether to list the second roots of page-table isolation.
+    :param mm_slabs: The pages of that cache, if the memory map was read already.
     :return: The spaces, and what kept a source from being followed to its end.
     :raises TargetError: if the target's paging is not supported
     """
-    return _Finder(prog, paging_of(prog)).find(slab, isolated)
+    return _Finder(prog, paging_of(prog), mm_slabs).find(slab, isolated)
 
 
 class _Finder:
-    def __init__(self, prog: Program, paging: Paging) -> None:
+    def __init__(self, prog: Program, paging: Paging, mm_slabs: SlabPages | None) -> None:
         self._prog = prog
         self._paging = paging
+        self._mm_slabs = mm_slabs
         self._notes: list[Note] = []
         #: By address of the mm.
         self._found: dict[int, list[Found]] = {}
@@ -345,7 +367,10 @@ class _Finder:
         if cache is None:
             self._notes.append(Note("mm_struct slab cache", "this kernel has no mm_cachep"))
             return
-        objects = slab_objects(self._prog, cache.read_())
+        if self._mm_slabs is not None:
+            objects = self._mm_slabs.objects()
+        else:
+            objects = slab_objects(self._prog, cache.read_())
         mms = _MmMembers(self._prog).read(objects)
         alive = mms.readable & (mms["mm_count"] > 0) & (mms["pgd"] != 0)
         mmlist = objects + np.uint64(mms.offset("mmlist"))
