@@ -47,9 +47,12 @@ from ptinspect.kernel.paging import EntryClass, Permission, paging_of
 from ptinspect.listing import Listing
 from ptinspect.lists import walk_list
 from ptinspect.locate import locate_physical, locate_ptdesc
+from ptinspect.orphans import describe_orphans
 from ptinspect.state.deposits import for_each_deposited_pgtable
 from ptinspect.state.fields import describe_ptdesc
 from ptinspect.state.lists import for_each_pgd_list_ptdesc
+from ptinspect.state.memcg import memcg_path, memcg_usage, read_memcgs
+from ptinspect.state.pending import Way
 from ptinspect.summary import summarise
 from ptinspect.tables.counters import read_nr_pagetable
 from ptinspect.tables.lookup import (
@@ -77,6 +80,8 @@ __all__ = (
     "RowState",
     "SpaceKind",
     "TargetOptions",
+    "Way",
+    "describe_orphans",
     "describe_ptdesc",
     "find_spaces",
     "for_each_deposited_pgtable",
@@ -84,6 +89,8 @@ __all__ = (
     "locate_physical",
     "locate_ptdesc",
     "map_space",
+    "memcg_path",
+    "memcg_usage",
     "open_target",
     "page_is_pgtable",
     "page_owners",
@@ -102,6 +109,7 @@ __all__ = (
     "ptdesc_pfn",
     "ptdesc_test_kernel",
     "ptdesc_type",
+    "read_memcgs",
     "read_nr_pagetable",
     "scan_memmap",
     "space_usage",

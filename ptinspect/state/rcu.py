@@ -45,7 +45,7 @@ class Segment(Enum):
     NEXT = "next"
     #: On the bypass list of an offloaded CPU, lazy ones among them.
     BYPASS = "bypass"
-    #: Taken off their CPU's list, and being invoked one after the other.
+    #: Taken off their CPU's list to be invoked one after the other; those that are left.
     INVOKED = "being invoked"
 
 
@@ -290,7 +290,8 @@ def _invoked(reader: _Reader, stack: KernelStack) -> Iterator[CallbackList]:
     """
     Find ``struct rcu_cblist`` on a stack: a chain of just *len* callbacks that ends at *tail*.
 
-    Dequeuing keeps all three right (rcu_cblist_dequeue in kernel/rcu/rcu_segcblist.c).
+    Dequeuing keeps all three right (rcu_cblist_dequeue in kernel/rcu/rcu_segcblist.c). Of an empty
+    one, whose last callback is being invoked, *tail* is its own address.
     """
     words = stack.words
     if len(words) < 3:
@@ -309,6 +310,11 @@ def _invoked(reader: _Reader, stack: KernelStack) -> Iterator[CallbackList]:
             found.add(head)
             heads, functions = _arrays(chain, 0, count)
             yield CallbackList(stack.cpu, Segment.INVOKED, heads, functions)
+    if not found:
+        own = np.uint64(stack.address) + np.arange(len(first), dtype=np.uint64) * np.uint64(8)
+        if np.any((first == 0) & (tail == own) & (length == 0)):
+            empty = np.empty(0, np.uint64)
+            yield CallbackList(stack.cpu, Segment.INVOKED, empty, empty)
 
 
 def _tiny(reader: _Reader) -> RcuCallbacks:

@@ -48,6 +48,8 @@ class KernelStack:
     owner: str
     #: The CPU that runs on it; ``None`` for a task that waits.
     cpu: int | None
+    #: Address of the first word.
+    address: int
     #: uint64, by address upwards.
     words: AddressArray
 
@@ -105,7 +107,7 @@ def kernel_stacks(prog: Program, *, at_rest: bool = False) -> KernelStacks:
                 if words is None:
                     missing.append(f"the stack that CPU {cpu} runs on cannot be read ({what})")
                 else:
-                    found.append(KernelStack(what, cpu, words))
+                    found.append(KernelStack(what, cpu, base & ~7, words))
         except (FaultError, LookupError) as error:
             missing.append(f"what CPU {cpu} runs cannot be read: {error}")
     try:
@@ -142,7 +144,7 @@ def _waiting_stack(
         words = _read_words(prog, start, base + size - start)
         if words is None:
             return f"the kernel stack of {_task_name(task)} cannot be read"
-        return KernelStack(_task_name(task), None, words)
+        return KernelStack(_task_name(task), None, start & ~7, words)
     except (FaultError, LookupError) as error:
         return f"the kernel stack of the task at {task.value_():#x} cannot be read: {error}"
 
