@@ -189,56 +189,84 @@ def _source(recipe: Recipe, folder: Path) -> Path:
     return edited
 
 
+def _digest(name: str) -> str:
+    """Get what a build is made of, in short: another digest, another kernel."""
+    text = f"{find_recipe(name)!r}\n{_KCFLAGS}\n{fragment_text(name)}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def built_kernel(name: str) -> Kernel | None:
+    """
+    Get a small kernel if the cache has it as the recipe says, else ``None``.
+
+    :raises LabError: if there is no recipe of that name
+    """
+    arch = find_arch(find_recipe(name).arch)
+    folder = cache("kernels", name)
+    objects, stamp = folder / "objects", folder / "stamp"
+    image, vmlinux = objects / arch.image_path, objects / "vmlinux"
+    if not (stamp.exists() and stamp.read_text() == _digest(name)):
+        return None
+    if not (vmlinux.exists() and image.exists()):
+        return None
+    release = (objects / "include/config/kernel.release").read_text().strip()
+    return Kernel(arch, release, image, vmlinux)
+
+
 def build_kernel(name: str, jobs: int | None = None) -> Kernel:
     """
     Build a small kernel, unless the cache has it already.
 
     :raises LabError: if a line of the fragments did not survive, or the build fails
     """
+    kernel = built_kernel(name)
+    if kernel is None:
+        _build(name, jobs)
+        kernel = built_kernel(name)
+        assert kernel is not None
+    return kernel
+
+
+def _build(name: str, jobs: int | None) -> None:
+    """Configure and build a small kernel in its folder of the cache."""
     recipe = find_recipe(name)
     arch = find_arch(recipe.arch)
     folder = cache("kernels", name)
     objects = folder / "objects"
     fragment = fragment_text(name)
-    stamp = folder / "stamp"
-    digest = hashlib.sha256(f"{recipe!r}\n{_KCFLAGS}\n{fragment}".encode()).hexdigest()
-    image, vmlinux = objects / arch.image_path, objects / "vmlinux"
-    if not (stamp.exists() and stamp.read_text() == digest and vmlinux.exists() and image.exists()):
-        for program, package in (("flex", "flex"), ("bison", "bison"), ("bc", "bc")):
-            tool(program, package)
-        compiler = f"{arch.cross}gcc"
-        tool(compiler, f"gcc-{arch.triplet}" if arch.cross else "gcc")
-        source = _source(recipe, folder)
-        objects.mkdir(exist_ok=True)
-        make = ["make", "-s", "-C", str(source), f"O={objects}", f"ARCH={arch.kernel}"]
-        # Debug information names sources; it shall not name folders of this machine.
-        renamed = {source: "/kernel/source", objects: "/kernel/objects"}
-        maps = [f"-fdebug-prefix-map={real}={said}" for real, said in renamed.items()]
-        make += [f"CROSS_COMPILE={arch.cross}", f"KAFLAGS={' '.join(maps)}"]
-        make += [f"KCFLAGS={_KCFLAGS} {' '.join(maps)}"]
-        say(f"configuring {name}")
-        run([*make, "tinyconfig"])
-        (objects / "fragment").write_text(fragment)
-        merge = source / "scripts/kconfig/merge_config.sh"
-        run([merge, "-m", "-O", objects, objects / ".config", objects / "fragment"], cwd=source)
-        run([*make, "olddefconfig"])
-        lost = lost_lines(fragment, (objects / ".config").read_text())
-        if lost:
-            raise LabError(f"the configuration of {name} lost: {', '.join(lost)}")
-        log = folder / "build.log"
-        say(f"building {name} (10 to 30 minutes of CPU time; log: {log})")
-        # The same build each time: neither the time nor who made it goes into the kernel.
-        fixed = {
-            "KBUILD_BUILD_USER": "ptinspect",
-            "KBUILD_BUILD_HOST": "lab",
-            "KBUILD_BUILD_TIMESTAMP": "1970-01-01",
-        }
-        targets = dict.fromkeys(["vmlinux", arch.image])
-        parallel = f"-j{jobs or os.cpu_count() or 1}"
-        run(["nice", *make, parallel, *targets], env=fixed, log=log)
-        stamp.write_text(digest)
-    release = (objects / "include/config/kernel.release").read_text().strip()
-    return Kernel(arch, release, image, vmlinux)
+    for program, package in (("flex", "flex"), ("bison", "bison"), ("bc", "bc")):
+        tool(program, package)
+    compiler = f"{arch.cross}gcc"
+    tool(compiler, f"gcc-{arch.triplet}" if arch.cross else "gcc")
+    source = _source(recipe, folder)
+    objects.mkdir(exist_ok=True)
+    make = ["make", "-s", "-C", str(source), f"O={objects}", f"ARCH={arch.kernel}"]
+    # Debug information names sources; it shall not name folders of this machine.
+    renamed = {source: "/kernel/source", objects: "/kernel/objects"}
+    maps = [f"-fdebug-prefix-map={real}={said}" for real, said in renamed.items()]
+    make += [f"CROSS_COMPILE={arch.cross}", f"KAFLAGS={' '.join(maps)}"]
+    make += [f"KCFLAGS={_KCFLAGS} {' '.join(maps)}"]
+    say(f"configuring {name}")
+    run([*make, "tinyconfig"])
+    (objects / "fragment").write_text(fragment)
+    merge = source / "scripts/kconfig/merge_config.sh"
+    run([merge, "-m", "-O", objects, objects / ".config", objects / "fragment"], cwd=source)
+    run([*make, "olddefconfig"])
+    lost = lost_lines(fragment, (objects / ".config").read_text())
+    if lost:
+        raise LabError(f"the configuration of {name} lost: {', '.join(lost)}")
+    log = folder / "build.log"
+    say(f"building {name} (10 to 30 minutes of CPU time; log: {log})")
+    # The same build each time: neither the time nor who made it goes into the kernel.
+    fixed = {
+        "KBUILD_BUILD_USER": "ptinspect",
+        "KBUILD_BUILD_HOST": "lab",
+        "KBUILD_BUILD_TIMESTAMP": "1970-01-01",
+    }
+    targets = dict.fromkeys(["vmlinux", arch.image])
+    parallel = f"-j{jobs or os.cpu_count() or 1}"
+    run(["nice", *make, parallel, *targets], env=fixed, log=log)
+    (folder / "stamp").write_text(_digest(name))
 
 
 def _series_packages(
