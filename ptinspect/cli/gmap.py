@@ -185,7 +185,9 @@ def _walk(prog: Program, census: Census, gmap: Gmap, address: int, pgste: bool) 
     if gmap.space is None:
         raise UsageError(f"{gmap.name} has no tables")
     memory = physical_ranges(prog)
-    guest = walk_address(prog, census.paging, gmap.space.root, address, memory=memory)
+    guest = walk_address(
+        prog, census.paging, gmap.space.root, address, memory=memory, kvm_owned=gmap.kvm_owned
+    )
     steps = describe_steps(prog, guest)
     host_address = gmap.host_address(address)
     mm = None if host_address is None else census.spaces.of_mm(gmap.mm)

@@ -49,6 +49,7 @@ def walk_command(space_name: str, address_text: str, output_format: str) -> int:
             address,
             memory=physical_ranges(prog),
             kernel=space.kernel,
+            kvm_owned=space.kvm_owned,
         )
         report = walk_report(
             paging, space, translation, describe_steps(prog, translation), target_heading(target)

@@ -53,6 +53,8 @@ class Relation(Enum):
     SLOT = "slot"
     DESCRIPTOR = "descriptor"
     SHADOWED = "shadowed"
+    HOST_PAGE = "host-page"
+    SINGLE = "single"
     CACHE = "cache"
 
 
@@ -282,6 +284,7 @@ class _Reader:
             None if host is None else host.mm,
             () if host is None else host.tasks,
             gmap=gmap.address,
+            kvm_owned=gmap.kvm_owned,
         )
         return replace(gmap, space=space)
 
@@ -402,6 +405,11 @@ class _MmReader(_Reader):
 
 #: Bits of gmap->flags (enum gmap_flags, arch/s390/kvm/gmap/gmap.h).
 _FLAG_PREFIX = "GMAP_FLAG_"
+#: The same in order, for debug information that has not kept the enumeration.
+_FLAGS = (
+    *("shadow", "owns_pagetables", "is_ucontrol", "allow_hpage_1m", "allow_hpage_2g"),
+    *("pfault_enabled", "uses_skeys", "uses_cmm", "export_on_unmap"),
+)
 
 
 class _KvmReader(_Reader):
@@ -415,8 +423,9 @@ class _KvmReader(_Reader):
 
     def _flag_names(self) -> dict[int, str]:
         flags = type_or_none(self.prog, "enum gmap_flags")
-        enumerators = [] if flags is None else flags.enumerators or []
-        return {e.value: e.name[len(_FLAG_PREFIX) :].lower() for e in enumerators}
+        if flags is None or not flags.enumerators:
+            return dict(enumerate(_FLAGS))
+        return {e.value: e.name[len(_FLAG_PREFIX) :].lower() for e in flags.enumerators}
 
     def read(self) -> Gmaps:
         caches: list[CachedTable] = []

@@ -20,7 +20,7 @@ from drgn.helpers.linux.mm import pfn_to_page
 
 from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.kernel.direct_map import virtual_to_physical
-from ptinspect.kernel.paging import EntryClass
+from ptinspect.kernel.paging import EntryClass, Root
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.state.gmap import (
     Disagreement,
@@ -32,7 +32,7 @@ from ptinspect.state.gmap import (
 )
 from ptinspect.state.told import Told
 from ptinspect.tables.entries import raw_entries
-from ptinspect.tables.lookup import Outcome, walk_address
+from ptinspect.tables.lookup import Outcome, Translation, walk_address
 from ptinspect.tables.spaces import SpaceKind
 from ptinspect.tables.walk import RowState, Tables
 
@@ -49,6 +49,7 @@ _ASCE_REAL_SPACE = 0x20
 _ORIGIN = (1 << 64) - 1 & ~0xFFF
 _LARGE = 0x400
 _INVALID = 0x20
+_PAGE_INVALID = 0x400
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,23 @@ class _Comparison:
             rows = self._rows(gmap)
             yield from self._descriptors(gmap, rows)
             if gmap.kvm_owned:
+                yield from self._single(gmap, rows)
+                pages = self._pages(gmap, rows)
+                if gmap.shadow:
+                    yield from self._shadowed_pages(gmap, *pages)
+                elif not gmap.parent:
+                    yield from self._host_pages(gmap, *pages)
                 continue
             yield from self._asce(gmap)
             yield from self._lists(gmap, rows)
             if gmap.shadow:
                 yield from self._shadowed(gmap, rows)
+                yield from self._shadowed_pages(gmap, *self._pages(gmap, rows))
             else:
                 yield from self._indices(gmap, rows)
                 yield from self._segments(gmap, rows)
                 yield from self._slots(gmap)
+        yield from self._caches()
 
     def _rows(self, gmap: Gmap) -> npt.NDArray[np.intp]:
         rows = self.tables.rows_of_space(self._numbers[gmap.address])
@@ -307,6 +316,15 @@ class _Comparison:
                 result[space.mm.address] = dict(zip(segments, tables.address[rows].tolist()))
         return result
 
+    @cached_property
+    def _host_roots(self) -> dict[int, Root]:
+        """By mm: its root table."""
+        return {
+            space.mm.address: space.root
+            for space in self.tables.spaces
+            if space.kind is SpaceKind.USER and space.mm is not None
+        }
+
     def _host_table(self, gmap: Gmap, guest: int, target: int | None) -> Iterator[Disagreement]:
         """A segment of the guest has the very page table that the process has there."""
         host = gmap.guest_to_host.entries.get(guest >> _SEGMENT_SHIFT)
@@ -392,9 +410,126 @@ class _Comparison:
             table = entry & (_ORIGIN | 0x800 if here == 1 else _ORIGIN)
         return table
 
+    def _pages(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> tuple[AddressArray, AddressArray]:
+        """Get the guest address and the physical address of every page of a gmap's own tables."""
+        tables, paging = self.tables, self.tables.paging
+        lowest = rows[tables.level[rows] == 0]
+        blocks = read_blocks(self.prog, tables.address[lowest], paging.levels[0].table_bytes)
+        for address in tables.address[lowest][~blocks.readable].tolist():
+            self.missing.append(f"{gmap.name}: the page table at {address:#x} cannot be read")
+        values = paging.values(raw_entries(blocks.data))
+        kinds = paging.classify(values, 0)
+        if gmap.kvm_owned:
+            kinds = paging.kvm_kinds(kinds)
+        row, slot = np.nonzero((kinds == EntryClass.LEAF) & blocks.readable[:, None])
+        physical = paging.leaf_targets(values[row, slot], 0, slot)
+        guest: AddressArray = tables.va[lowest][row] + slot.astype(np.uint64) * np.uint64(self.page)
+        return guest, physical
+
+    def _shadowed_pages(
+        self, gmap: Gmap, addresses: AddressArray, physical: AddressArray
+    ) -> Iterator[Disagreement]:
+        """A page of a shadow is the page that the guest's own tables name."""
+        parent = self._by_address.get(gmap.parent)
+        if parent is None or parent.space is None:
+            return
+        for place, mine in zip(addresses.tolist(), physical.tolist()):
+            guest = self._guest_page(gmap, parent, place)
+            found = None if guest is None else self._walk(parent, guest).physical
+            if found is not None and found != mine:
+                text = (
+                    f"its page at {place:#x} is physical {mine:#x}, but the guest's tables name "
+                    f"{guest:#x}, physical {found:#x}"
+                )
+                yield Disagreement(Relation.SHADOWED, gmap.address, place, text)
+
+    def _guest_page(self, gmap: Gmap, parent: Gmap, place: int) -> int | None:
+        """Follow the guest's own tables to a page; ``None`` if they cannot be followed."""
+        span = self.tables.paging.levels[0].entries * self.page
+        table = self._guest_table(gmap, parent, 0, place & -span)
+        if table is None or table & FAKE_TABLE:
+            return None if table is None else (table & ~FAKE_TABLE) + place % span
+        entry = self._read_guest(parent, table + 8 * (place % span // self.page))
+        return None if entry is None or entry & _PAGE_INVALID else entry & _ORIGIN
+
+    def _host_pages(
+        self, gmap: Gmap, addresses: AddressArray, physical: AddressArray
+    ) -> Iterator[Disagreement]:
+        """A page of KVM's own tables is the page that the process has there."""
+        vm, mine = gmap.vm, self._host_tables.get(gmap.mm)
+        if vm is None or mine is None:
+            return
+        hosts = [vm.host_address(address) for address in addresses.tolist()]
+        for address, host, page in zip(addresses.tolist(), hosts, physical.tolist()):
+            if host is None:
+                text = f"guest {address:#x} has the page {page:#x}, but lies in no memory slot"
+                yield Disagreement(Relation.SLOT, gmap.address, address, text)
+                continue
+            theirs = self._host_page(gmap.mm, mine, host)
+            if theirs != page:
+                text = f"guest {address:#x} is physical {page:#x}, but the process has " + (
+                    f"{theirs:#x} at {host:#x}" if theirs is not None else f"none at {host:#x}"
+                )
+                yield Disagreement(Relation.HOST_PAGE, gmap.address, address, text)
+
+    def _host_page(self, mm: int, tables: dict[int, int], address: int) -> int | None:
+        """Get the page that a process has at an address, by its page tables."""
+        paging = self.tables.paging
+        table = tables.get(address >> _SEGMENT_SHIFT)
+        if table is None:
+            # Nothing is there, or a larger page.
+            return walk_address(self.prog, paging, self._host_roots[mm], address).physical
+        slot = address // self.page % _PAGE_ENTRIES
+        try:
+            data = self.prog.read(table + 8 * slot, 8, True)
+        except FaultError:
+            self.missing.append(f"the page table of the process at {table:#x} cannot be read")
+            return None
+        value = paging.values(np.frombuffer(data, np.uint64))
+        if int(paging.classify(value, 0)[0]) not in (EntryClass.LEAF, EntryClass.PROT_NONE):
+            return None
+        return int(paging.leaf_targets(value, 0, np.array([slot]))[0])
+
+    def _single(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        """
+        KVM's tables are of one gmap each; a user-controlled virtual CPU has its machine's.
+
+        (gmap_ucas_map_one(); GMAP_FLAG_OWNS_PAGETABLES)
+        """
+        tables = self.tables
+        for row in rows[tables.first[rows] >= 0].tolist():
+            first = tables.spaces[int(tables.space[int(tables.first[row])])].gmap
+            lent = not int(tables.level[row]) and "owns_pagetables" not in gmap.flags
+            if first != gmap.parent or not lent:
+                address = int(tables.address[row])
+                whose = "no gmap" if first is None else f"gmap:{first:#x}"
+                text = f"its table at {address:#x} is reached from {whose}, too"
+                yield Disagreement(Relation.SINGLE, gmap.address, address, text)
+
+    def _caches(self) -> Iterator[Disagreement]:
+        """A table that is kept ready is in no tree and in one cache."""
+        seen: set[int] = set()
+        reached = set((self.tables.address // np.uint64(self.page)).tolist())
+        for cached in self.gmaps.caches:
+            problem = None
+            if cached.pfn in seen:
+                problem = "is in a cache twice"
+            elif cached.pfn in reached:
+                problem = "is in use"
+            seen.add(cached.pfn)
+            if problem is not None:
+                text = (
+                    f"the table in page {cached.pfn:#x}, kept ready for {cached.owner}, {problem}"
+                )
+                yield Disagreement(Relation.CACHE, cached.cache, cached.pfn * self.page, text)
+
+    def _walk(self, gmap: Gmap, address: int) -> Translation:
+        assert gmap.space is not None
+        root, owned = gmap.space.root, gmap.kvm_owned
+        return walk_address(self.prog, self.tables.paging, root, address, kvm_owned=owned)
+
     def _read_guest(self, parent: Gmap, address: int) -> int | None:
-        assert parent.space is not None
-        found = walk_address(self.prog, self.tables.paging, parent.space.root, address)
+        found = self._walk(parent, address)
         try:
             if found.outcome is not Outcome.UNREADABLE:
                 # A page that the host has taken back is one that nothing can be said of.

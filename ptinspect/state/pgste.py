@@ -116,6 +116,8 @@ def _of_table(
     kvm_owned: bool,
 ) -> Iterator[Pgste]:
     kinds = paging.classify(entries, 0)
+    if kvm_owned:
+        kinds = paging.kvm_kinds(kinds)
     slots = np.flatnonzero((kinds != EntryClass.NONE) | (pgstes != 0))
     targets = paging.leaf_targets(entries[slots], 0, slots)
     soft = _KVM_BITS if kvm_owned else _MM_BITS

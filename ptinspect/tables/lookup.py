@@ -97,6 +97,7 @@ def walk_address(
     *,
     memory: PhysicalRanges | None = None,
     kernel: bool = False,
+    kvm_owned: bool = False,
 ) -> Translation:
     """
     Translate one address, step by step.
@@ -107,6 +108,7 @@ def walk_address(
     :param address: Virtual.
     :param memory: Where the target has memory.
     :param kernel: Whether the space is the kernel's (:meth:`Paging.kernel_kinds`).
+    :param kvm_owned: Whether its tables are KVM's own (:meth:`Paging.kvm_kinds`).
     :return: Each table on the way with its entry, how the way ended, and where it leads.
     """
     slot = paging.index_of(root, address)
@@ -130,6 +132,8 @@ def walk_address(
         kinds = paging.classify(value, level)
         if kernel:
             kinds = paging.kernel_kinds(kinds, value, level)
+        if kvm_owned:
+            kinds = paging.kvm_kinds(kinds)
         kind = EntryClass(int(kinds[0]))
         own = None
         if kind in (EntryClass.TABLE, *_MAPPING):
@@ -296,6 +300,8 @@ def _page_owners(
     kinds = paging.classify(values, level)
     kernel = np.array([space.kernel for space in tables.spaces], np.bool_)[tables.space[rows]]
     kinds = np.where(kernel, paging.kernel_kinds(kinds, values, level), kinds)
+    kvm = np.array([space.kvm_owned for space in tables.spaces], np.bool_)[tables.space[rows]]
+    kinds = np.where(kvm, paging.kvm_kinds(kinds), kinds)
     targets = paging.leaf_targets(values, level, slots)
     permissions = paging.permissions(values, level, leaf=True) & tables.permissions[rows]
     for n, row in enumerate(rows.tolist()):

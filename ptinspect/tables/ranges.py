@@ -155,6 +155,8 @@ def _level_parts(
         kind = entries.kind
         if space.kernel:
             kind = paging.kernel_kinds(kind, entries.value, level)
+        if space.kvm_owned:
+            kind = paging.kvm_kinds(kind)
         wanted = np.isin(kind, kinds)
         if level == space.root.level:
             wanted &= _own(entries.slot, space)

@@ -107,6 +107,8 @@ class Space:
     symbol: str = ""
     #: Address of the ``struct gmap`` of a guest address space; *mm* is its host's then.
     gmap: int | None = None
+    #: Whether it is a guest address space whose tables are KVM's own (:meth:`Paging.kvm_kinds`).
+    kvm_owned: bool = False
 
     @property
     def kernel(self) -> bool:

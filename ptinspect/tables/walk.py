@@ -222,6 +222,7 @@ class _Walker:
         self._visitor = visitor
         self._batch_bytes = batch_bytes
         self._is_kernel = np.array([space.kernel for space in spaces], np.bool_)
+        self._is_kvm = np.array([space.kvm_owned for space in spaces], np.bool_)
         self._done = 0
         self._first_row = 0
         #: Columns of finished levels, from the top.
@@ -281,6 +282,7 @@ class _Walker:
             self._read_leaf_tables(frontier, rows, state, counts)
         else:
             state[rows] = RowState.NOT_READ
+        _show_kvm_pages(counts, self._is_kvm[frontier.space])
         shared = np.flatnonzero(first >= 0)
         counts[shared] = counts[first[shared]]
         first[shared] += self._first_row
@@ -531,6 +533,13 @@ def _in_order(addresses: AddressArray) -> tuple[npt.NDArray[np.intp], AddressArr
         return np.arange(len(addresses)), addresses
     order = np.argsort(addresses)
     return order, addresses[order]
+
+
+def _show_kvm_pages(counts: CountArray, rows: BoolArray) -> None:
+    """Count what looks hidden as mapped pages; see :meth:`Paging.kvm_kinds`."""
+    if rows.any():
+        counts[rows, EntryClass.LEAF] += counts[rows, EntryClass.PROT_NONE]
+        counts[rows, EntryClass.PROT_NONE] = 0
 
 
 def _hide_swap(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:

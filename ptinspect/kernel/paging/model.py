@@ -253,6 +253,18 @@ class Paging:
             hidden |= unseen & (kinds == EntryClass.LEAF)
         return np.where(hidden, np.uint8(EntryClass.PROT_NONE), kinds)
 
+    @staticmethod
+    def kvm_kinds(kinds: ClassArray) -> ClassArray:
+        """
+        Correct the classes of entries that are in tables of KVM's own (s390, from 7.0).
+
+        Those have no read bit: what looks as if it were hidden from the hardware maps a page.
+
+        :param kinds: What :meth:`classify` says of them.
+        """
+        hidden = kinds == EntryClass.PROT_NONE
+        return np.where(hidden, np.uint8(EntryClass.LEAF), kinds)
+
     def _swap_lut(self) -> ClassArray:
         if "swap" not in self._luts:
             self._luts["swap"] = np.array(self.swap_classes, np.uint8)

@@ -77,6 +77,14 @@ _PTE_RULES = (
     Rule(EntryClass.SWAP, PAGE_PROTECT | PAGE_PRESENT, PAGE_PROTECT),
 )
 
+#: In KVM's own tables (from 7.0) an invalid entry can bear a token: where the guest has no memory,
+#: the program interruption that an access gives (union crste, union pte: tok; _DAT_TOKEN_PIC in
+#: arch/s390/kvm/gmap/dat.h). Type 1 stands in the upper 16 bits, the interruption in the next.
+_TOKEN_MASK, _TOKEN = ALL_BITS & ~(0xFFFF << 32), 1 << 48
+#: A segment entry of a virtual CPU's own gmap that names a segment of its machine, not yet a table
+#: (crste_is_ucas()): invalid, with a table length of 1.
+_TABLE_LENGTH, _UCAS_LENGTH = 0x03, 0x01
+
 _TABLE_PERMISSIONS = (
     PermissionRule(Permission.WRITE, PROTECT, 0),
     PermissionRule(Permission.EXECUTE_USER, NOEXEC, 0),
@@ -130,6 +138,10 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
     swapped_out = (
         (Rule(EntryClass.SWAP, CRST_SWAP | CRST_PRESENT, CRST_SWAP),) if present_bits else ()
     )
+    # KVM has tables of its own in the same kernels (by version, not by cause).
+    hole = (Rule(EntryClass.NONE, _TOKEN_MASK, _TOKEN | PAGE_INVALID),) if present_bits else ()
+    ucas_mask = LARGE | INVALID | TYPE_MASK | _TABLE_LENGTH | CRST_SWAP
+    ucas = (Rule(EntryClass.MARKER, ucas_mask, INVALID | _UCAS_LENGTH),) if present_bits else ()
     segment_read = NEW_READ if present_bits else OLD_SEGMENT_READ
     # The old generation's read and write bits of region-third entries are swapped between 6.1 and
     # 6.12; nothing can be said of PROT_NONE there without knowing which it is.
@@ -142,7 +154,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 own_name="page",
                 shift=12,
                 entries=PAGE_ENTRIES,
-                rules=_PTE_RULES,
+                rules=(*hole, *_PTE_RULES),
                 empty=PAGE_INVALID,
                 usual_leaf=Match(PAGE_PRESENT | PAGE_READ, PAGE_PRESENT | PAGE_READ),
                 kernel_hidden=Match(PAGE_INVALID, PAGE_INVALID),
@@ -155,7 +167,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 own_name="segment",
                 shift=20,
                 entries=CRST_ENTRIES,
-                rules=_huge_rules(0, segment_read, swapped_out),
+                rules=(*_huge_rules(0, segment_read, swapped_out, present_bits), *ucas),
                 empty=INVALID,
                 table_address=(AddressField(_SEGMENT_ORIGIN),),
                 leaf_address=(AddressField(ALL_BITS & ~((1 << 20) - 1)),),
@@ -169,7 +181,7 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 own_name="region-3",
                 shift=31,
                 entries=CRST_ENTRIES,
-                rules=_huge_rules(0x04, region_read, swapped_out),
+                rules=_huge_rules(0x04, region_read, swapped_out, present_bits),
                 empty=0x04 | INVALID,
                 table_address=(AddressField(_ORIGIN),),
                 leaf_address=(AddressField(ALL_BITS & ~((1 << 31) - 1)),),
@@ -178,8 +190,8 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
                 swap_type_shift=6,
                 kernel_hidden=Match(INVALID, INVALID),
             ),
-            _upper_level("P4D", "region-2", 42, 0x08),
-            _upper_level("PGD", "region-1", 53, 0x0C),
+            _upper_level("P4D", "region-2", 42, 0x08, present_bits),
+            _upper_level("PGD", "region-1", 53, 0x0C, present_bits),
         ),
         page_bytes=PAGE_BYTES,
         dtype=np.dtype(">u8"),
@@ -188,12 +200,20 @@ def make_paging(*, present_bits: bool, swap: SwapClasses = PLAIN_SWAP) -> S390Pa
     )
 
 
-def _huge_rules(table_type: int, read: int, swapped_out: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def _none_rules(table_type: int, tokens: bool) -> tuple[Rule, ...]:
+    empty = INVALID | table_type
+    rules = (Rule(EntryClass.NONE, ALL_BITS, empty),)
+    return (*rules, Rule(EntryClass.NONE, _TOKEN_MASK, _TOKEN | empty)) if tokens else rules
+
+
+def _huge_rules(
+    table_type: int, read: int, swapped_out: tuple[Rule, ...], tokens: bool
+) -> tuple[Rule, ...]:
     prot_none = (
         (Rule(EntryClass.PROT_NONE, LARGE | read | TYPE_MASK, LARGE | table_type),) if read else ()
     )
     return (
-        Rule(EntryClass.NONE, ALL_BITS, INVALID | table_type),
+        *_none_rules(table_type, tokens),
         *swapped_out,
         *prot_none,
         Rule(EntryClass.LEAF, LARGE | TYPE_MASK, LARGE | table_type),
@@ -201,14 +221,14 @@ def _huge_rules(table_type: int, read: int, swapped_out: tuple[Rule, ...]) -> tu
     )
 
 
-def _upper_level(name: str, own_name: str, shift: int, table_type: int) -> Level:
+def _upper_level(name: str, own_name: str, shift: int, table_type: int, tokens: bool) -> Level:
     return Level(
         name=name,
         own_name=own_name,
         shift=shift,
         entries=CRST_ENTRIES,
         rules=(
-            Rule(EntryClass.NONE, ALL_BITS, INVALID | table_type),
+            *_none_rules(table_type, tokens),
             Rule(EntryClass.TABLE, INVALID | TYPE_MASK, table_type),
         ),
         empty=INVALID | table_type,
