@@ -13,7 +13,7 @@ from ptinspect.checks.context import Context, Rows
 from ptinspect.checks.leaves import Batch, question
 from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant
-from ptinspect.kernel.paging import EntryClass, Permission
+from ptinspect.kernel.paging import EntryClass, Paging, Permission
 from ptinspect.memory import BoolArray
 from ptinspect.tables.spaces import SpaceKind
 from ptinspect.tables.vmas import VM_HUGETLB, VM_MIXEDMAP, VM_PFNMAP
@@ -744,6 +744,9 @@ def s390_crst_type(context: Context, tally: Tally) -> Iterator[Finding]:
                     own[place, begin:end] = True
             tally.examine(np.count_nonzero(own))
             wrong = own & _s390_wrong(values, level, kind)
+            kvm = [context.space_of(row).kvm_owned for row in rows.tolist()]
+            if any(kvm):
+                wrong[kvm] &= _kvm_wrong(context.paging, values[kvm], level, kind)
             places, slots = np.nonzero(wrong)
             yield from _value_findings(
                 context,
@@ -753,6 +756,20 @@ def s390_crst_type(context: Context, tally: Tally) -> Iterator[Finding]:
                 "not an entry of this level",
                 expected_type=kind,
             )
+
+
+def _kvm_wrong(paging: Paging, values: npt.NDArray[np.uint64], level: int, kind: int) -> BoolArray:
+    """
+    The same in tables of KVM's own (arch/s390/kvm/gmap/dat.h), which may say more.
+
+    Invalid entries bear tokens or segments of a user-controlled machine, and _crste_fc0() gives
+    every entry a table length.
+    """
+    if level == 1:
+        values = np.where(values & np.uint64(_S390_INVALID), values, values & ~np.uint64(3))
+    known = np.isin(paging.classify(values, level), (EntryClass.NONE, EntryClass.MARKER))
+    wrong: BoolArray = ~known & _s390_wrong(values, level, kind)
+    return wrong
 
 
 def _s390_wrong(values: npt.NDArray[np.uint64], level: int, kind: int) -> BoolArray:

@@ -131,7 +131,7 @@ def _guest_address(text: str) -> int:
 
 def _tree(prog: Program, census: Census, gmap: Gmap) -> Iterator[TreeRow]:
     """Get the tables of a gmap, each below the one that points to it."""
-    tables = census.tables
+    tables, story = census.tables, census.stories.gmaps
     numbers = [n for n, space in enumerate(tables.spaces) if space.gmap == gmap.address]
     rows = np.concatenate([tables.rows_of_space(n) for n in numbers] or [np.empty(0, np.intp)])
     order = np.lexsort((-tables.level[rows].astype(np.int64), tables.va[rows]))
@@ -148,7 +148,7 @@ def _tree(prog: Program, census: Census, gmap: Gmap) -> Iterator[TreeRow]:
             typed,
             index,
             "host" if host else "shared" if shared else "own",
-            gmap.host_address(int(tables.va[row])) if page_table else None,
+            story.host_address(gmap, int(tables.va[row])) if page_table else None,
         )
 
 
@@ -189,7 +189,7 @@ def _walk(prog: Program, census: Census, gmap: Gmap, address: int, pgste: bool) 
         prog, census.paging, gmap.space.root, address, memory=memory, kvm_owned=gmap.kvm_owned
     )
     steps = describe_steps(prog, guest)
-    host_address = gmap.host_address(address)
+    host_address = census.stories.gmaps.host_address(gmap, address)
     mm = None if host_address is None else census.spaces.of_mm(gmap.mm)
     host = None
     if mm is not None and host_address is not None:

@@ -170,7 +170,8 @@ def _kind(gmap: Gmap) -> str:
 
 
 def _guest_kib(gmap: Gmap) -> int | None:
-    if gmap.shadow:
+    if gmap.shadow or "is_ucontrol" in gmap.flags:
+        # A user-controlled machine has a slot for show, which is all of the process.
         return None
     if gmap.vm is not None and gmap.vm.slots:
         return sum(slot.size for slot in gmap.vm.slots) // 1024
@@ -200,17 +201,26 @@ def _slots(gmaps: Sequence[Gmap]) -> Iterator[Table]:
 
 
 def _caches(story: GmapStory) -> Iterator[Table]:
+    machines = (gmap.vm for gmap in story.gmaps.gmaps if gmap.vm is not None)
+    names = {vm.address: vm.name for vm in machines}
     if story.gmaps.caches:
         yield Table(
             "caches",
             (
+                Column("vm"),
                 Column("cache", Kind.HEX),
                 Column("of"),
                 Column("table"),
                 Column("pfn", Kind.HEX),
             ),
             [
-                (table.cache, table.owner, "crst" if table.crst else "page", table.pfn)
+                (
+                    names.get(table.kvm),
+                    table.cache,
+                    table.owner,
+                    "crst" if table.crst else "page",
+                    table.pfn,
+                )
                 for table in story.gmaps.caches
             ],
             "Tables that KVM keeps ready",

@@ -55,6 +55,7 @@ class Relation(Enum):
     SHADOWED = "shadowed"
     HOST_PAGE = "host-page"
     SINGLE = "single"
+    UCONTROL = "ucontrol"
     CACHE = "cache"
 
 
@@ -86,6 +87,8 @@ class ListedTable:
 class CachedTable:
     """A table that KVM keeps ready for a gmap (struct kvm_s390_mmu_cache, from 7.0)."""
 
+    #: Address of the machine's ``struct kvm``.
+    kvm: int
     #: Address of the cache.
     cache: int
     #: Of the machine, or of one of its virtual CPUs.
@@ -131,13 +134,23 @@ class Gmap:
     space: Space | None = None
 
     @property
+    def ucontrol_cpu(self) -> bool:
+        """Whether it is a virtual CPU's of a user-controlled machine: a view of the machine's."""
+        return self.kvm_owned and bool(self.parent) and not self.shadow
+
+    @property
     def name(self) -> str:
         """A short name for people."""
         return f"gmap:{self.address:#x}"
 
     def host_address(self, guest: int) -> int | None:
-        """Translate a guest address to one of the process; a shadow has none of its own."""
-        if self.shadow:
+        """
+        Translate a guest address to one of the process.
+
+        :return: ``None`` also for a shadow and for a user-controlled virtual CPU, which have no
+            mapping of their own (:meth:`GmapStory.host_address`).
+        """
+        if self.shadow or self.ucontrol_cpu:
             return None
         if self.kvm_owned:
             return None if self.vm is None else self.vm.host_address(guest)
@@ -503,11 +516,11 @@ class _KvmReader(_Reader):
                 owners.append((f"vcpu {index}", int(cpu.arch.mc.value_())))
             for owner, cache in owners:
                 if cache:
-                    caches.extend(self._cached(cache, owner))
+                    caches.extend(self._cached(address, cache, owner))
         except (FaultError, ValueError) as error:
             self.missing.append(f"caches of struct kvm {address:#x} cannot be read: {error}")
 
-    def _cached(self, address: int, owner: str) -> Iterator[CachedTable]:
+    def _cached(self, kvm: int, address: int, owner: str) -> Iterator[CachedTable]:
         cache = Object(self.prog, "struct kvm_s390_mmu_cache *", address)[0].read_()
         shift = int(self.prog["PAGE_SHIFT"].value_())
         for array, number, crst in (
@@ -523,4 +536,4 @@ class _KvmReader(_Reader):
             for slot in range(count):
                 table = int(array[slot].value_())
                 physical = self.paging.virtual_to_physical(self.prog, table)
-                yield CachedTable(address, owner, crst, physical >> shift)
+                yield CachedTable(kvm, address, owner, crst, physical >> shift)

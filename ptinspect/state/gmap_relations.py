@@ -30,7 +30,9 @@ from ptinspect.state.gmap import (
     Relation,
     read_gmaps,
 )
+from ptinspect.state.pgste import read_ptval
 from ptinspect.state.told import Told
+from ptinspect.tables.contents import read_contents
 from ptinspect.tables.entries import raw_entries
 from ptinspect.tables.lookup import Outcome, Translation, walk_address
 from ptinspect.tables.spaces import SpaceKind
@@ -59,6 +61,19 @@ class GmapStory:
     gmaps: Gmaps
     disagreements: tuple[Disagreement, ...]
     missing: tuple[str, ...]
+    #: Of each user-controlled virtual CPU, by address of its gmap: its segments (address >> 20),
+    #: and the segment of its machine that each of them is.
+    machine_segments: dict[int, dict[int, int]]
+
+    def host_address(self, gmap: Gmap, guest: int) -> int | None:
+        """Translate a guest address to one of the process; a shadow has none of its own."""
+        if not gmap.ucontrol_cpu:
+            return gmap.host_address(guest)
+        segment = self.machine_segments.get(gmap.address, {}).get(guest >> _SEGMENT_SHIFT)
+        parents = [other for other in self.gmaps.gmaps if other.address == gmap.parent]
+        if segment is None or not parents:
+            return None
+        return parents[0].host_address(segment << _SEGMENT_SHIFT | guest % _SEGMENT_BYTES)
 
     @property
     def held_pfns(self) -> AddressArray:
@@ -75,7 +90,8 @@ def read_gmap_story(prog: Program, tables: Tables) -> GmapStory:
     gmaps = read_gmaps(prog, tables.spaces)
     comparison = _Comparison(prog, gmaps, tables)
     found = (*gmaps.disagreements, *comparison.disagreements())
-    return GmapStory(gmaps, found, (*gmaps.missing, *comparison.missing))
+    missing = (*gmaps.missing, *comparison.missing)
+    return GmapStory(gmaps, found, missing, comparison.machine_segments)
 
 
 def tell_gmaps(story: GmapStory, tables: Tables, pfn: int) -> Iterator[Told]:
@@ -120,6 +136,7 @@ class _Comparison:
         self.gmaps = gmaps
         self.tables = tables
         self.missing: list[str] = []
+        self.machine_segments: dict[int, dict[int, int]] = {}
         self.page = tables.paging.page_bytes
         self._numbers = {
             space.gmap: number
@@ -140,7 +157,9 @@ class _Comparison:
                 pages = self._pages(gmap, rows)
                 if gmap.shadow:
                     yield from self._shadowed_pages(gmap, *pages)
-                elif not gmap.parent:
+                elif gmap.ucontrol_cpu:
+                    yield from self._ucontrol(gmap, rows)
+                else:
                     yield from self._host_pages(gmap, *pages)
                 continue
             yield from self._asce(gmap)
@@ -358,8 +377,8 @@ class _Comparison:
             if expected.get(segment) != said.get(segment):
                 guest = segment << _SEGMENT_SHIFT
                 text = (
-                    f"guest segment {guest:#x} lies at {_hex(expected.get(segment))} by the memory "
-                    f"slots, at {_hex(said.get(segment))} by guest_to_host"
+                    f"guest segment {guest:#x}: the memory slots have {_hex(expected.get(segment))}"
+                    f" there, guest_to_host has {_hex(said.get(segment))}"
                 )
                 yield Disagreement(Relation.SLOT, gmap.address, guest, text)
 
@@ -490,6 +509,44 @@ class _Comparison:
             return None
         return int(paging.leaf_targets(value, 0, np.array([slot]))[0])
 
+    def _ucontrol(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
+        """
+        A user-controlled virtual CPU's segments are its machine's: by table or by name.
+
+        Where the machine has a page table, the CPU's segment has the same, and the PGSTEs of that
+        table tell the machine's segment (PTVAL_VMADDR); else the entry itself is invalid and names
+        it (crste_is_ucas(), arch/s390/kvm/gmap/).
+        """
+        tables, paging = self.tables, self.tables.paging
+        segments = self.machine_segments.setdefault(gmap.address, {})
+        for row in rows[tables.level[rows] == 1].tolist():
+            held = read_contents(self.prog, paging, int(tables.address[row]), 1)
+            if held is None:
+                continue
+            for slot in np.flatnonzero(held.kinds == EntryClass.MARKER).tolist():
+                place = (int(tables.va[row]) >> _SEGMENT_SHIFT) + slot
+                segments[place] = int(held.values[slot]) >> _SEGMENT_SHIFT
+        parent = self._numbers.get(gmap.parent)
+        of_machine: dict[int, int] = {}
+        if parent is not None:
+            theirs = tables.rows_of_space(parent)
+            theirs = theirs[tables.level[theirs] == 0]
+            of_machine = dict(zip(tables.va[theirs].tolist(), tables.address[theirs].tolist()))
+        for row in rows[tables.level[rows] == 0].tolist():
+            table, place = int(tables.address[row]), int(tables.va[row])
+            segment = read_ptval(self.prog, table)
+            if segment is None:
+                self.missing.append(f"{gmap.name}: the PGSTEs of the table at {table:#x}")
+                continue
+            segments[place >> _SEGMENT_SHIFT] = segment
+            machine = segment << _SEGMENT_SHIFT
+            if of_machine.get(machine) != table:
+                text = (
+                    f"segment {place:#x} has the table at {table:#x} for {machine:#x} of its "
+                    f"machine, which has {_hex(of_machine.get(machine))}"
+                )
+                yield Disagreement(Relation.UCONTROL, gmap.address, place, text)
+
     def _single(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
         """
         KVM's tables are of one gmap each; a user-controlled virtual CPU has its machine's.
@@ -542,4 +599,4 @@ class _Comparison:
 
 
 def _hex(value: int | None) -> str:
-    return "nowhere" if value is None else f"{value:#x}"
+    return "nothing" if value is None else f"{value:#x}"

@@ -10,12 +10,13 @@ software bits moved when KVM got tables of its own in 7.0.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from drgn import Program
+from drgn import FaultError, Program
 
 from ptinspect.kernel.paging import EntryClass, Paging
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
@@ -105,6 +106,27 @@ def read_pgstes(
             kvm_owned,
         )
     return found, blocks.readable
+
+
+#: PTVAL_VMADDR: three PGSTEs from the ninth on hold 16 bits each (arch/s390/kvm/gmap/dat.h).
+_PTVAL_FIRST, _PTVAL_COUNT = 8, 3
+
+
+def read_ptval(prog: Program, table: int) -> int | None:
+    """
+    Get the machine's segment that KVM noted in the PGSTEs of a page table (PTVAL_VMADDR, val16).
+
+    :param table: Physical address.
+    :return: ``None`` if they cannot be read.
+    """
+    try:
+        data = prog.read(table + PGSTE_OFFSET + 8 * _PTVAL_FIRST, 8 * _PTVAL_COUNT, True)
+    except FaultError:
+        return None
+    value = 0
+    for pgste in struct.unpack(f">{_PTVAL_COUNT}Q", data):
+        value = value << 16 | pgste >> 32 & 0xFFFF
+    return value
 
 
 def _of_table(
