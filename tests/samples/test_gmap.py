@@ -37,7 +37,7 @@ from ptinspect.state.fields import describe_ptdesc
 from ptinspect.state.gmap import Gmap, Relation, read_gmaps
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story
 from ptinspect.state.pgste import read_pgstes
-from ptinspect.tables.lookup import Outcome, table_owners, walk_address
+from ptinspect.tables.lookup import Outcome, Translation, table_owners, walk_address
 from ptinspect.tables.spaces import Space, SpaceKind, find_spaces
 from ptinspect.tables.walk import walk_spaces
 
@@ -101,6 +101,24 @@ def of_pid(census: Census, pid: int) -> list[Gmap]:
     ]
 
 
+def machine_of(census: Census, page: Made) -> Gmap:
+    """Get the guest address space in which a page was faulted in."""
+    (found,) = [
+        gmap
+        for gmap in of_pid(census, page.pid)
+        if page.kind == "gmap-user-page" or gmap.host_address(page.guest) == page.host
+    ]
+    # From 7.0 on a user-controlled virtual CPU has an address space of its own.
+    own = [gmap for gmap in gmaps(census) if gmap.ucontrol_cpu and gmap.parent == found.address]
+    return own[0] if own else found
+
+
+def walk(sample: Sample, census: Census, gmap: Gmap, address: int) -> Translation:
+    assert gmap.space is not None
+    root, owned = gmap.space.root, gmap.kvm_owned
+    return walk_address(sample.prog, census.paging, root, address, kvm_owned=owned)
+
+
 def test_nothing_disagrees(sample: Sample) -> None:
     census = census_of(sample)
     story = census.stories.gmaps
@@ -138,13 +156,9 @@ def test_guest_pages_are_the_pages_of_the_process(sample: Sample, census: Census
     assert {slot.guest >> 40 for slot in pages} >= {0, 0x14}
     for page in pages:
         task = find_task(sample.prog, page.pid)
-        (gmap,) = [
-            gmap
-            for gmap in of_pid(census, page.pid)
-            if page.kind == "gmap-user-page" or gmap.host_address(page.guest) == page.host
-        ]
-        assert gmap.space is not None
-        found = walk_address(sample.prog, census.paging, gmap.space.root, page.guest)
+        gmap = machine_of(census, page)
+        assert census.stories.gmaps.host_address(gmap, page.guest) == page.host
+        found = walk(sample, census, gmap, page.guest)
         assert found.outcome is Outcome.MAPPED
         assert found.physical == int(reach(task.mm, page.host))
 
@@ -155,18 +169,14 @@ def test_guest_memory_is_what_the_process_wrote(sample: Sample, census: Census) 
         pytest.skip("the sample's workload wrote no pattern")
     checked = 0
     for page in made(sample, "gmap-page", "gmap-zero-page", "gmap-user-page"):
-        for gmap in of_pid(census, page.pid):
-            if page.kind != "gmap-user-page" and gmap.host_address(page.guest) != page.host:
-                continue
-            assert gmap.space is not None
-            found = walk_address(sample.prog, census.paging, gmap.space.root, page.guest)
-            assert found.physical is not None
-            data = sample.prog.read(found.physical, census.paging.page_bytes, True)
-            first, last = (int.from_bytes(part, "big") for part in (data[:8], data[-8:]))
-            zero = page.kind == "gmap-zero-page"
-            assert (first, last) == ((0, 0) if zero else (page.guest, ~page.guest & ALL_BITS))
-            assert not any(data[8:-8])
-            checked += 1
+        found = walk(sample, census, machine_of(census, page), page.guest)
+        assert found.physical is not None
+        data = sample.prog.read(found.physical, census.paging.page_bytes, True)
+        first, last = (int.from_bytes(part, "big") for part in (data[:8], data[-8:]))
+        zero = page.kind == "gmap-zero-page"
+        assert (first, last) == ((0, 0) if zero else (page.guest, ~page.guest & ALL_BITS))
+        assert not any(data[8:-8])
+        checked += 1
     assert checked >= 30
 
 
@@ -184,7 +194,7 @@ def test_segments_that_were_not_faulted_have_no_table(sample: Sample, census: Ce
             last = slot.guest + 3 * SEGMENT
             if gmap.host_address(last) is None:
                 continue
-            found = walk_address(sample.prog, census.paging, gmap.space.root, last)
+            found = walk(sample, census, gmap, last)
             assert found.outcome is Outcome.NOT_MAPPED
 
 
@@ -261,10 +271,8 @@ def test_shadows_lead_to_the_pages_of_their_parent(sample: Sample, census: Censu
             if gmap.parent == parent.address and (gmap.guest_asce, gmap.edat_level) == (asce, edat)
         ]
         assert shadow.shadow
-        assert shadow.space is not None
-        assert parent.space is not None
-        mine = walk_address(sample.prog, census.paging, shadow.space.root, address)
-        theirs = walk_address(sample.prog, census.paging, parent.space.root, guest)
+        mine = walk(sample, census, shadow, address)
+        theirs = walk(sample, census, parent, guest)
         assert mine.outcome is Outcome.MAPPED
         assert mine.physical == theirs.physical
         assert mine.steps[-1].table != theirs.steps[-1].table
@@ -354,8 +362,9 @@ def test_what_a_descriptor_says_of_its_guest(sample: Sample, census: Census) -> 
     assert checked or any(gmap.kvm_owned for gmap in gmaps(census))
     tables = census.tables
     of_guest = np.array([space.kind is SpaceKind.GMAP for space in tables.spaces])
-    shared = np.flatnonzero(of_guest[tables.space] & (tables.first >= 0) & (tables.level == 0))
-    for row in shared[:3].tolist():
+    shared = of_guest[tables.space] & (tables.first >= 0) & (tables.level == 0)
+    shared &= ~of_guest[tables.space[tables.first]]
+    for row in np.flatnonzero(shared)[:3].tolist():
         pfn = int(tables.address[row]) // census.paging.page_bytes
         told = census.stories.told(pfn, int(pfn_to_ptdesc(prog, pfn).value_()))
         assert not {what.member for what in told} & {"pt_index", "ptl"}
