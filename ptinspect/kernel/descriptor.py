@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from drgn import (
@@ -513,6 +513,22 @@ def _flatten(prog: Program, name: str, type_: Type, offset: int) -> list[tuple[s
     size = sizeof(type_)
     code = f"{order}u{size}" if size in (1, 2, 4, 8) else f"V{size}"
     return [(name, code, offset)]
+
+
+def descriptors_are_typed(
+    prog: Program, descriptors: np.ndarray[Any, np.dtype[np.void]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """
+    Tell which descriptors carry the page-table page type, as :func:`page_is_pgtable` for one.
+
+    :param descriptors: Records of :func:`ptdesc_dtype`.
+    """
+    test = page_type_test(prog)
+    types = descriptors["__page_type"]
+    typed: np.ndarray[Any, np.dtype[np.bool_]] = types & np.uint32(test.mask) == np.uint32(
+        test.match
+    )
+    return typed
 
 
 def byte_order(prog: Program) -> str:

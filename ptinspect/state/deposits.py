@@ -24,7 +24,7 @@ from drgn import Object, Program, TypeKind, offsetof
 
 from ptinspect.errors import IncompleteError
 from ptinspect.kernel.descriptor import (
-    page_type_test,
+    descriptors_are_typed,
     ptdesc_dtype,
     ptdesc_has_member,
     ptdesc_member,
@@ -210,7 +210,13 @@ def _ring_starts(
         lost = int(np.count_nonzero(~pmds.readable))
         if lost:
             missing.append(f"{lost} descriptors of PMD tables could not be read")
-        return pmds.page, np.where(pmds.readable, pmds.descriptors["pmd_huge_pte"], 0), missing
+        # The descriptor of a page that is freed meanwhile is somebody else's.
+        typed = descriptors_are_typed(prog, pmds.descriptors)
+        gone = int(np.count_nonzero(pmds.readable & ~typed))
+        if gone:
+            missing.append(f"{gone} PMD tables of mms are in pages that are not typed")
+        known = pmds.readable & typed
+        return pmds.page, np.where(known, pmds.descriptors["pmd_huge_pte"], 0), missing
     offset = offsetof(prog.type("struct mm_struct"), "pmd_huge_pte")
     spaces, site = np.unique(tables.space[pmds.rows], return_inverse=True)
     mms = [space.mm.address if space.mm is not None else 0 for space in tables.spaces]
@@ -235,7 +241,6 @@ class _RingReader:
         self._memmap = Memmap(prog)
         # More than all entries of all PMD tables that can share a ring.
         self._limit = 1 << 16 if not shape.in_mm else 1 << 24
-        self._typed = page_type_test(prog)
 
     def read(self, first: int) -> tuple[tuple[int, ...], str | None]:
         """Get the physical addresses of the tables on a ring, and where it is wrong."""
@@ -263,9 +268,8 @@ class _RingReader:
             good &= tables % np.uint64(self._paging.levels[0].table_bytes) == 0
         dtype = ptdesc_dtype(self._prog)
         blocks = read_blocks(self._prog, pages, dtype.itemsize, physical=False)
-        types = blocks.data.view(dtype).reshape(-1)["__page_type"]
-        good &= blocks.readable
-        good &= (types & np.uint32(self._typed.mask)) == np.uint32(self._typed.match)
+        descriptors = blocks.data.view(dtype).reshape(-1)
+        good &= blocks.readable & descriptors_are_typed(self._prog, descriptors)
         return tables, good
 
 

@@ -22,6 +22,7 @@ from drgn.helpers.linux.mm import decode_page_flags_value, page_to_phys
 from ptinspect.kernel.descriptor import (
     MEMBER_NAMES,
     byte_order,
+    descriptors_are_typed,
     flags_bit,
     native_member_name,
     page_is_pgtable,
@@ -139,15 +140,9 @@ def descriptor_levels(
     if arch == Architecture.X86_64 and "pt_mm" in (descriptors.dtype.names or ()):
         levels[_names_its_mm(prog, pfns, descriptors["pt_mm"])] = "PGD"
     elif arch == Architecture.S390X and ptdesc_is_native(prog):
-        typed = _typed(prog, descriptors)
+        typed = descriptors_are_typed(prog, descriptors)
         levels[typed & (orders == 0)] = "PTE"
     return levels
-
-
-def _typed(prog: Program, descriptors: npt.NDArray[np.void]) -> BoolArray:
-    test = page_type_test(prog)
-    typed: BoolArray = (descriptors["__page_type"] & np.uint32(test.mask)) == np.uint32(test.match)
-    return typed
 
 
 def _names_its_mm(

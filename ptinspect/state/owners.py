@@ -21,7 +21,7 @@ from drgn.helpers.linux.mm import PageSlab, compound_head
 
 from ptinspect.kernel.descriptor import (
     byte_order,
-    page_type_test,
+    descriptors_are_typed,
     ptdesc_dtype,
     ptdesc_has_member,
 )
@@ -192,9 +192,7 @@ def _pages(
     if recorded and _has_isolation(prog):
         # Before PGDs were typed they were no compound pages, and of two pages whether or not
         # isolation was on (PGD_ALLOCATION_ORDER in arch/x86/include/asm/pgalloc.h of 6.12).
-        test = page_type_test(prog)
-        types = descriptors["__page_type"]
-        orders[readable & ((types & np.uint32(test.mask)) != np.uint32(test.match))] = 1
+        orders[readable & ~descriptors_are_typed(prog, descriptors)] = 1
     pages: npt.NDArray[np.int64] = np.left_shift(np.int64(1), orders)
     return pages
 
