@@ -65,8 +65,17 @@ def deposits_report(
         tables,
         notes=[*_notes(story), *notes],
         findings=findings,
-        missing=census_missing(census),
+        missing=[*census_missing(census), *_undecided(rings)],
     )
+
+
+def _undecided(rings: Sequence[DepositRing]) -> Iterator[str]:
+    count = sum(ring.undecided for ring in rings)
+    if count:
+        yield (
+            f"{count} huge pages may or may not need a deposited table: they are being moved, or "
+            "what tells it cannot be read"
+        )
 
 
 def _notes(story: Deposits) -> Iterator[str]:

@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from corrupt import Answer, ask
-from drgn import Object
+from drgn import Object, Type, TypeMember, offsetof
+from drgn.helpers.linux.mm import pfn_to_page, vma_find
 from opened import Sample
 from overlay import Overlay
 from test_walk import deposits, walked
@@ -246,3 +249,130 @@ def test_crossed(sample: Sample, ring: DepositRing) -> None:
     lines = [line for line in found.text.splitlines() if "is on another ring too" in line]
     assert len(lines) == 2
     assert all(line.startswith("INCOMPLETE") for line in lines)
+
+
+def test_the_pmd_table_is_not_typed_any_more(sample: Sample, ring: DepositRing) -> None:
+    """Its descriptor is somebody else's: what hangs there is not followed."""
+    page = Object(sample.prog, "struct page *", ring.ptdesc)
+    with Overlay(sample.prog).value_of(page.page_type, 0xFFFFFFFF):
+        found = answer(sample)
+    assert found.status == 4
+    assert "1 PMD tables of mms are in pages that are not typed" in found.line_with("INCOMPLETE")
+    assert damaged_ring(found, ring).tables == ()
+
+
+class Leaf(NamedTuple):
+    va: int
+    #: Page frame.
+    pfn: int
+
+
+def leaves(sample: Sample, ring: DepositRing) -> list[Leaf]:
+    """The readable huge pages that are mapped through a ring's PMD tables."""
+    _, _, tables, _ = walked(sample)
+    level, found = tables.paging.levels[1], []
+    for table in ring.pmd_tables:
+        (row,) = np.flatnonzero((tables.address == table) & (tables.first < 0))
+        raw = np.frombuffer(sample.prog.read(table, level.table_bytes, True), np.uint64)
+        values = tables.paging.values(raw)
+        slots = np.flatnonzero(tables.paging.classify(values, 1) == EntryClass.LEAF)
+        targets = tables.paging.leaf_targets(values[slots], 1, slots)
+        for slot, target in zip(slots.tolist(), targets.tolist()):
+            va = int(tables.va[row]) + (slot << level.shift)
+            found.append(Leaf(va, target // tables.paging.page_bytes))
+    return found
+
+
+def needed(sample: Sample, ring: DepositRing) -> tuple[int, int]:
+    found = damaged_ring(answer(sample), ring)
+    return found.needed, found.undecided
+
+
+def mm_of(sample: Sample, ring: DepositRing) -> Object:
+    space = walked(sample).tables.spaces[ring.space]
+    assert space.mm is not None
+    return space.mm.object(sample.prog)
+
+
+def test_pages_of_files_and_of_hugetlb_need_no_deposit(sample: Sample, ring: DepositRing) -> None:
+    prog = sample.prog
+    leaf = next(a for a in leaves(sample, ring) if a.pfn != prog["huge_zero_pfn"].value_())
+    page = pfn_to_page(prog, leaf.pfn)
+    overlay = Overlay(prog)
+    assert page.mapping.value_() & 1
+    with overlay.value_of(page.mapping, page.mapping.value_() & ~1):
+        assert needed(sample, ring) == (ring.needed - 1, 0)
+    try:
+        hugetlb = prog.constant("PGTY_hugetlb").value_() << 24
+    except LookupError:
+        # Told by the mapping: all of its pages.
+        operations = vma_find(mm_of(sample, ring), leaf.va).vm_ops
+        with overlay.value_of(operations, prog["hugetlb_vm_ops"].address_of_().value_()):
+            assert needed(sample, ring)[0] < ring.needed
+    else:
+        with overlay.value_of(page.page_type, hugetlb):
+            assert needed(sample, ring) == (ring.needed - 1, 0)
+
+
+def test_the_huge_zero_page_needs_none_in_a_dax_mapping(sample: Sample, ring: DepositRing) -> None:
+    prog = sample.prog
+    zeroes = [a for a in leaves(sample, ring) if a.pfn == prog["huge_zero_pfn"].value_()]
+    assert len(zeroes) == ring.huge[HugePage.ZERO] == 2
+    mm = mm_of(sample, ring)
+    file = vma_find(mm, mm.start_code).vm_file.read_()
+    flags = file.f_mapping.host.i_flags
+    overlay = Overlay(prog)
+    with overlay.value_of(vma_find(mm, zeroes[0].va).vm_file, file.value_()):
+        assert needed(sample, ring) == (ring.needed, 0)
+        with overlay.value_of(flags, flags.value_() | 1 << 13):
+            assert needed(sample, ring) == (ring.needed - 2, 0)
+    with overlay.value_of(vma_find(mm, zeroes[0].va).vm_file, 0x1234):
+        assert needed(sample, ring) == (ring.needed - 2, 2)
+        found = answer(sample)
+    assert found.status == 4
+    assert "2 huge pages may or may not need" in found.line_with("INCOMPLETE")
+
+
+# Kernels without split PMD locks keep the ring in the mm: such a kernel is built with fewer CPUs
+# than CONFIG_SPLIT_PTLOCK_CPUS; here its mm_struct is laid over a real one
+
+
+def test_ring_of_an_mm(sample: Sample, ring: DepositRing) -> None:
+    prog = sample.prog
+    space = walked(sample).tables.spaces[ring.space]
+    assert space.mm is not None
+    mm = prog.type("struct mm_struct")
+    # A word that nothing of ptinspect's reads.
+    offset = offsetof(mm, "total_vm")
+    member = TypeMember(prog.type("pgtable_t"), "pmd_huge_pte", 8 * offset)
+    other = [m for m in mm.members or () if not m.name or m.name != "total_vm"]
+    laid_over = prog.struct_type("mm_struct", mm.size, [*other, member])
+
+    def find(program: object, kinds: object, name: str, filename: str | None) -> Type | None:
+        return laid_over if name == "mm_struct" else None
+
+    overlay = Overlay(prog)
+    first = first_word(sample, ring).value_()
+    blocks = [
+        overlay.word_at(s.mm.address + offset, first if s is space else 0)
+        for s in walked(sample).tables.spaces
+        if s.mm is not None and s.kind is SpaceKind.USER
+    ]
+    prog.register_type_finder("without_split_locks", find, enable_index=0)
+    try:
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            found = answer(sample)
+    finally:
+        names = prog.enabled_type_finders()
+        prog.set_enabled_type_finders([n for n in names if n != "without_split_locks"])
+    deposits_found = found.census.stories.deposits
+    assert deposits_found.in_mm
+    assert found.status == 0
+    (same,) = deposits_found.rings
+    assert same.ptdesc is None
+    assert same.tables == ring.tables
+    assert same.needed == ring.needed
+    assert set(ring.pmd_tables) <= set(same.pmd_tables)
+    assert "A ring begins at the mm" in found.text
