@@ -32,7 +32,7 @@ from ptinspect.state.fields import (
 from ptinspect.state.lists import Role
 from ptinspect.state.memcg import Memcgs, read_memcgs
 from ptinspect.tables.nodes import page_nodes
-from ptinspect.tables.scan import MemmapScan
+from ptinspect.tables.scan import MemmapScan, descriptor_indices
 
 #: Columns that are computed, not members.
 #: cgroup: path of the memory cgroup that it is charged to.
@@ -46,11 +46,14 @@ COMPUTED_COLUMNS = (
 #: address that the table translates there, holder: what accounts for it,
 #: used: entries in use, fill: those in percent, empty: 1 if there are none, remote: mapped pages
 #: that lie on other nodes than the table, role: what the bytes of pt_list are, deposits: spare
-#: tables that hang on a PMD table, deposits_needed: its huge pages that need one.
+#: tables that hang on a PMD table, deposits_needed: its huge pages that need one, lock: the state
+#: of the table's own lock, fragments: powerpc's in use, fragments_expected: what their count should
+#: be, halves: the upper byte of s390's reference count.
 CENSUS_COLUMNS = (
     *("space", "reached", "va", "holder"),
     *("used", "fill", "empty", "remote"),
     *("role", "deposits", "deposits_needed"),
+    *("lock", "fragments", "fragments_expected", "halves"),
 )
 
 #: Shown when no columns are chosen.
@@ -217,6 +220,10 @@ class Listing:
             return ColumnData(roles[census.stories.lists.roles], everywhere, False)
         if name in ("deposits", "deposits_needed"):
             return self._deposits(census, name)
+        if name == "lock":
+            return self._locks(census)
+        if name in ("fragments", "fragments_expected", "halves"):
+            return self._parted(census, name)
         counts = census.entry_counts()
         total = counts.sum(axis=1, dtype=np.int64)
         used = total - counts[:, EntryClass.NONE]
@@ -238,6 +245,37 @@ class Listing:
                 values[index] = len(ring.tables) if name == "deposits" else ring.needed
         has_ring = (self.column("level").values == "PMD") & ~self._bare()
         return ColumnData(values, has_ring & story.supported & (not story.in_mm), False)
+
+    def _locks(self, census: Census) -> ColumnData:
+        """The state of each table's lock; tables whose level is not known are left out."""
+        locks = census.stories.locks
+        rows = np.flatnonzero((locks.descriptor >= 0) & (locks.level != UNKNOWN_LEVEL))
+        return self._spread(locks.descriptor[rows], locks.states()[rows], is_hex=False)
+
+    def _parted(self, census: Census, name: str) -> ColumnData:
+        """Fragments in use, what their count should be, or the bits of halves."""
+        fragments, halves = census.stories.fragments, census.stories.halves
+        nowhere = np.empty(0, np.int64)
+        if name == "halves":
+            if halves is None:
+                return self._spread(nowhere, nowhere, is_hex=True)
+            index = descriptor_indices(self._scan, halves.pfn).astype(np.int64)
+            rows = np.flatnonzero((index >= 0) & halves.readable)
+            return self._spread(index[rows], halves.bits[rows], is_hex=True)
+        if fragments is None:
+            return self._spread(nowhere, nowhere, is_hex=False)
+        rows = np.flatnonzero(fragments.descriptor >= 0)
+        values = fragments.used if name == "fragments" else fragments.expected
+        return self._spread(fragments.descriptor[rows], values[rows], is_hex=False)
+
+    def _spread(
+        self, index: npt.NDArray[np.int64], values: npt.NDArray[Any], *, is_hex: bool
+    ) -> ColumnData:
+        """A column that only some descriptors have a value in."""
+        column = np.zeros(len(self), values.dtype)
+        present = np.zeros(len(self), np.bool_)
+        column[index], present[index] = values, True
+        return ColumnData(column, present, is_hex)
 
     def _remote(self, census: Census) -> npt.NDArray[Any]:
         """Pages that the tables of each descriptor map on other nodes than their own."""

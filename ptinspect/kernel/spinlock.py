@@ -335,6 +335,35 @@ def _offset(type_: Type, member: str) -> int | None:
         return None
 
 
+def word_text(prog: Program, word: int) -> str:
+    """
+    Say what one lock word means: free, held by whom, waited for by whom.
+
+    :raises LookupError: if ``spinlock_t`` is of a shape that is not known
+    """
+    shape = lock_type(prog)
+    if shape.format is None:
+        return "a lock of unknown format"
+    words = shape.format.decode(np.array([word], np.uint32), cpu_ids(prog))
+    return f"{shape.format.name}, {words_text(words, 0)}"
+
+
+def words_text(words: Words, row: int) -> str:
+    """Say what one of many lock words means."""
+    if words.problem[row]:
+        return f"impossible: {WORD_PROBLEMS[int(words.problem[row])]}"
+    parts = ["held" if words.held[row] else "free"]
+    if words.owner_cpu[row] >= 0:
+        parts = [f"held by CPU {words.owner_cpu[row]}"]
+    if words.pending[row]:
+        parts.append("a CPU is next")
+    if words.tail_cpu[row] >= 0:
+        parts.append(f"CPU {words.tail_cpu[row]} waits last")
+    if words.waiting[row]:
+        parts.append(f"{words.waiting[row]} wait")
+    return ", ".join(parts)
+
+
 class SplitLocks(NamedTuple):
     """Which tables have locks of their own; otherwise ``mm->page_table_lock`` guards them."""
 

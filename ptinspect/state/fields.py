@@ -37,8 +37,11 @@ from ptinspect.kernel.descriptor import (
 )
 from ptinspect.kernel.direct_map import direct_map_offset, physical_to_virtual
 from ptinspect.kernel.layout import describe_ptl
+from ptinspect.kernel.spinlock import lock_type, word_text
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.records import Descriptor, Field, FieldState
+from ptinspect.state.halves import halves_text, has_halves
+from ptinspect.state.locks import LockHome, lock_home
 from ptinspect.state.memcg import memcg_path
 from ptinspect.state.told import Told
 from ptinspect.tables.nodes import page_nodes
@@ -350,7 +353,7 @@ def _describe_mm(prog: Program, address: int) -> str:
 def _frag_refcount(facts: _Facts) -> _Answer:
     if facts.arch == Architecture.PPC64 and facts.typed:
         value = facts.word("pt_frag_refcount")
-        return FieldState.VALUE, f"{value} fragments in use or held in a cache"
+        return FieldState.VALUE, f"{value} fragments in use or still to be handed out"
     return FieldState.STALE, "used by powerpc's PTE and PMD fragments only"
 
 
@@ -368,11 +371,26 @@ def _ptl(facts: _Facts) -> _Answer:
     if facts.bare:
         return FieldState.STALE, "a kernel table: never initialised"
     if facts.level in ("PTE", "PMD"):
-        held = "" if facts.word("ptl") else ", 0: unlocked"
-        return FieldState.VALUE, kind + held
+        return FieldState.VALUE, f"{kind}: {_lock_word(facts)}"
     if facts.level is not None:
         return FieldState.STALE, f"a {facts.level} table has no lock of its own"
     return FieldState.UNDECIDED, f"{kind}; in use only in PTE and PMD tables of user mms"
+
+
+def _lock_word(facts: _Facts) -> str:
+    """What the slot says by itself; of an allocated lock that is only where it is."""
+    raw = facts.raw["ptl"]
+    try:
+        shape = lock_type(facts.prog)
+        if lock_home(facts.prog) is LockHome.ABSENT:
+            return "not in use, mm->page_table_lock guards its entries"
+        if shape.size > raw.dtype.itemsize or lock_home(facts.prog) is LockHome.ALLOCATED:
+            return f"at {facts.word('ptl'):#x}"
+        if shape.word is None:
+            return "it has no word"
+        return word_text(facts.prog, int(raw))
+    except LookupError as error:
+        return f"it cannot be decoded: {error}"
 
 
 def _page_type(facts: _Facts) -> _Answer:
@@ -390,10 +408,8 @@ def _describe_refcount(facts: _Facts) -> str:
     value = facts.word("__page_refcount")
     if value == 1 or not facts.typed:
         return str(value)
-    halves, count = value >> 24, value & 0xFFFFFF
-    if facts.arch == Architecture.S390X and not ptdesc_is_native(facts.prog) and count == 1:
-        # Two tables share a page (arch/s390/mm/pgalloc.c before 6.8).
-        return f"1, and {halves:#04x} in the highest byte: which halves are in use or pending"
+    if value >> 24 and has_halves(facts.prog):
+        return halves_text(value)
     if not value:
         return "0: the page is free, or being freed, although it is typed"
     if facts.level == "PMD" and not ptdesc_has_member(facts.prog, "pt_share_count"):

@@ -26,6 +26,7 @@ from ptinspect.kernel.direct_map import direct_map_offset
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.state.shared_pages import lowest_by_page, mm_numbers, read_descriptors
+from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.scan import MemmapScan, descriptor_indices
 from ptinspect.tables.spaces import Space
@@ -283,6 +284,19 @@ def read_fragments(
         problem=pages.problem,
         missing=(*missing, *unread, *_missing(tables, readable)),
     )
+
+
+def tell_fragments(story: Fragments | None, pfn: int) -> Iterator[Told]:
+    """Say how the count of a page comes about."""
+    rows = () if story is None else np.flatnonzero(story.pfn == pfn).tolist()
+    for row in rows:
+        assert story is not None
+        number = int(story.number[row])
+        shape = story.shapes[int(story.level[row])] if number else None
+        of = f" of {number} of {shape.size} bytes" if shape is not None else ""
+        text = f"{int(story.refcount[row])}: fragments{of}: {story.arithmetic(row)}"
+        problem = PAGE_PROBLEMS[int(story.problem[row])]
+        yield Told(f"{text}; {problem}" if problem else text, "pt_frag_refcount")
 
 
 class _Pages:

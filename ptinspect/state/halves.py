@@ -24,6 +24,7 @@ from ptinspect.kernel.descriptor import ptdesc_type
 from ptinspect.lists import ListBreak, walk_list_at
 from ptinspect.memory import AddressArray, BoolArray
 from ptinspect.state.shared_pages import lowest_by_page, mm_numbers, read_descriptors
+from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.scan import MemmapScan, descriptor_indices
 from ptinspect.tables.walk import RowState, Tables
@@ -241,6 +242,20 @@ def read_halves(
         problem=problem,
         missing=(*missing, *_missing(tables, lists, readable)),
     )
+
+
+def tell_halves(story: Halves | None, pfn: int) -> Iterator[Told]:
+    """Say what the reference count of a page of page tables has in its upper byte."""
+    rows = () if story is None else np.flatnonzero(story.pfn == pfn).tolist()
+    for row in rows:
+        assert story is not None
+        text = halves_text(int(story.bits[row]) << _SHIFT | int(story.count[row]))
+        if story.pgste[row]:
+            text += " (it has the PGSTEs)"
+        if story.listed[row] >= 0:
+            text += f"; on pgtable_list of {story.tables.spaces[int(story.listed[row])].name}"
+        problem = HALF_PROBLEMS[int(story.problem[row])]
+        yield Told(f"{text}; {problem}" if problem else text, "__page_refcount")
 
 
 def _problems(

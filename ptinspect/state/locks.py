@@ -45,6 +45,7 @@ from ptinspect.kernel.spinlock import (
 )
 from ptinspect.memory import AddressArray, BoolArray, ByteArray, read_blocks
 from ptinspect.state.lock_queues import CpuTask, LockQueues, running_tasks, task_names
+from ptinspect.state.told import Told
 from ptinspect.tables.scan import MemmapScan, descriptor_indices
 from ptinspect.tables.walk import RowState, Tables
 
@@ -262,6 +263,34 @@ class Locks:
 
 
 _MOST_SLEEPERS = 1000
+
+
+def tell_locks(locks: Locks, pfn: int) -> Iterator[Told]:
+    """Say who has the lock of a table and who waits for it."""
+    rows = np.flatnonzero((locks.kind == LockKind.TABLE) & (locks.pfn == pfn)).tolist()
+    for row in rows:
+        if locks.level[row] == UNKNOWN_LEVEL or locks.type is None:
+            continue
+        where = f"{locks.type.text}, at {int(locks.address[row]):#x}"
+        if locks.problem[row]:
+            yield Told(f"{where}: no lock: {LOCK_PROBLEMS[int(locks.problem[row])]}", "ptl")
+        elif not locks.readable[row]:
+            yield Told(f"{where}: it cannot be read", "ptl")
+        else:
+            yield Told(f"{where}: {_state_text(locks, row)}", "ptl")
+
+
+def _state_text(locks: Locks, row: int) -> str:
+    holding = locks.holding(row)
+    text = "held" if locks.held[row] else "free"
+    if holding.holders:
+        by = " or ".join(f"{task.comm}/{task.pid} (CPU {task.cpu})" for task in holding.holders)
+        text += f" by {by}" if holding.certainty == "owner" else f", plausibly by {by}"
+    if holding.waiting:
+        text += f", {holding.waiting} wait"
+    if holding.waiting_cpus:
+        text += ": CPU " + ", ".join(map(str, holding.waiting_cpus))
+    return text
 
 
 def lock_home(prog: Program) -> LockHome:

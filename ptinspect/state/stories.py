@@ -19,11 +19,11 @@ from drgn import Program
 from ptinspect.memory import AddressArray
 from ptinspect.state.asce import Asces, read_asces
 from ptinspect.state.deposits import Deposits, read_deposits, tell_deposits
-from ptinspect.state.fragments import Fragments, read_fragments
+from ptinspect.state.fragments import Fragments, read_fragments, tell_fragments
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story, tell_gmaps
-from ptinspect.state.halves import Halves, read_halves
+from ptinspect.state.halves import Halves, read_halves, tell_halves
 from ptinspect.state.lists import Lists, read_lists, tell_lists
-from ptinspect.state.locks import Locks, read_locks
+from ptinspect.state.locks import Locks, read_locks, tell_locks
 from ptinspect.state.owners import Owners, read_owners, tell_owners
 from ptinspect.state.pending import Pending, Way, read_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
@@ -149,6 +149,9 @@ class Stories:
             *tell_owners(self.owners, self.tables, ptdesc),
             *tell_sharing(self.sharing, self.tables, ptdesc),
             *tell_gmaps(self.gmaps, self.tables, pfn),
+            *tell_fragments(self.fragments, pfn),
+            *tell_halves(self.halves, pfn),
+            *tell_locks(self.locks, pfn),
         )
 
 
