@@ -197,6 +197,35 @@ for shared in stories.sharing.tables:
     )
 
 
+def _frags(code: DrgnCodeBuilder, **_: Any) -> None:
+    _stories(code)
+    code.append(
+        """\
+fragments, halves = stories.fragments, stories.halves
+if fragments is not None:  # powerpc
+    for row in range(len(fragments)):
+        print(hex(fragments.pfn[row]), fragments.refcount[row], fragments.arithmetic(row))
+if halves is not None:  # s390 as of 6.1
+    for row in range(len(halves)):
+        print(hex(halves.pfn[row]), hex(halves.bits[row]), halves.linked[row])
+if fragments is None and halves is None:
+    print("no page holds several tables here")
+"""
+    )
+
+
+def _locks(code: DrgnCodeBuilder, **_: Any) -> None:
+    _stories(code)
+    code.append(
+        """\
+locks = stories.locks
+print(locks.home.value, len(locks), "locks")
+for row in locks.notable():
+    print(hex(locks.address[row]), hex(locks.word[row]), locks.holding(row))
+"""
+    )
+
+
 def _stories(code: DrgnCodeBuilder) -> None:
     code.add_from_import("ptinspect", "take_census")
     code.append("census = take_census(prog, leaf_counts=False)\nstories = census.stories\n")
@@ -238,9 +267,11 @@ def _space_of(spaces: str, name: str) -> str:
 #: By the command's name; a command that is not here has no ``--drgn``.
 SNIPPETS: dict[str, Snippet] = {
     "deposits": _deposits,
+    "frags": _frags,
     "layout": _layout,
     "list": _list,
     "lists": _lists,
+    "locks": _locks,
     "map": _map,
     "owner": _owner,
     "ps": _ps,

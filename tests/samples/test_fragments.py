@@ -37,7 +37,7 @@ def test_every_page_agrees_with_its_count(sample: Sample) -> None:
             in_use.setdefault(address // page, set()).add(address)
     for ring in take_census(prog, leaf_counts=False).stories.deposits.rings:
         for address in ring.tables:
-            in_use[address // page].add(address)
+            in_use.setdefault(address // page, set()).add(address)
     reserve: dict[int, int] = {}
     caches = 0
     for space in tables.spaces:
