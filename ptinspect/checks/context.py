@@ -171,6 +171,30 @@ class Context:
         """All entries that map memory, looked at once for all invariants that ask for them."""
         return LeafPass(self)
 
+    @cached_property
+    def whole(self) -> bool:
+        """
+        Whether nothing that was looked for so far is missing from the target.
+
+        If so, an address that cannot be read is no address; else it may be in a hole.
+        """
+        unreadable = (self.tables.state == RowState.UNREADABLE).any()
+        census = self.census
+        return not (unreadable or census.scan.unreadable_pages or census.spaces.notes)
+
+    def in_a_hole(self, address: int) -> bool:
+        """Whether a kernel address that cannot be read is one of memory that is missing."""
+        page = np.uint64(self.paging.page_bytes)
+        try:
+            physical = self.paging.virtual_to_physical(self.prog, address)
+        except (FaultError, ValueError, OverflowError):
+            return not self.whole
+        frames = np.array([physical & (1 << 64) - 1], np.uint64) // page
+        if not self.page_reader.read(frames).outside[0]:
+            return True
+        # The memory map itself, or memory that is mapped elsewhere.
+        return not self.whole
+
     def unread(self) -> str:
         """Say how many tables could not be read; empty if all could."""
         count = int(np.count_nonzero(self.tables.state == RowState.UNREADABLE))

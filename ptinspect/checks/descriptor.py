@@ -253,6 +253,9 @@ def _judge_pgd(
             return
         message = "a pgd on pgd_list names an mm that has another pgd"
     except FaultError:
+        if context.in_a_hole(mm):
+            tally.miss(f"the mm at {mm:#x} cannot be read")
+            return
         evidence["pgd_of_mm"] = 0
     yield Finding("ptdesc", address, message, tuple(evidence.items()), look=f"show pfn:{pfn:#x}")
 
@@ -332,13 +335,13 @@ def memcg_data_sane(context: Context, tally: Tally) -> Iterator[Finding]:
     address = subsystem.address_of_().value_()
     pointers = data & np.uint64(~_MEMCG_DATA_FLAGS & (1 << 64) - 1)
     for pointer in np.unique(pointers[charged & ~wrong]).tolist():
-        problem = _objcg_problem(context, pointer, address)
+        problem = _objcg_problem(context, tally, pointer, address)
         if problem:
             for index in np.flatnonzero(charged & ~wrong & (pointers == pointer)).tolist():
                 yield context.descriptor_finding(index, problem, memcg_data=int(data[index]))
 
 
-def _objcg_problem(context: Context, pointer: int, subsystem: int) -> str:
+def _objcg_problem(context: Context, tally: Tally, pointer: int, subsystem: int) -> str:
     """Say what is wrong with an obj_cgroup; empty if nothing is."""
     try:
         objcg = Object(context.prog, "struct obj_cgroup *", pointer)
@@ -348,6 +351,9 @@ def _objcg_problem(context: Context, pointer: int, subsystem: int) -> str:
         if memcg.css.ss.value_() != subsystem:
             return "charged to what is no object cgroup"
     except FaultError:
+        if context.in_a_hole(pointer):
+            tally.miss(f"the object cgroup at {pointer:#x} cannot be read")
+            return ""
         return "charged to an address that cannot be read"
     return ""
 

@@ -50,6 +50,10 @@ def _disagreements(
         gmap = by_address.get(wrong.gmap)
         if gmap is None and wrong.relation not in (Relation.LIST, Relation.OWNER):
             continue
+        if not context.whole or story.missing:
+            # What cannot be seen looks like what is not there.
+            tally.miss(wrong.text)
+            continue
         yield Finding(
             "gmap",
             wrong.address,

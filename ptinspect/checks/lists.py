@@ -11,6 +11,7 @@ import numpy as np
 from ptinspect.checks.context import Context
 from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant
+from ptinspect.lists import BreakReason, walk_list_at
 from ptinspect.state.lists import FREE_LIST, Role
 from ptinspect.tables.walk import RowState
 
@@ -32,6 +33,9 @@ def list_integrity(context: Context, tally: Tally) -> Iterator[Finding]:
     story = context.census.stories.lists
     for found in story.lists:
         tally.examine(1 + len(found.pfns))
+        if found.problems and _ends_in_a_hole(context, found.head):
+            tally.miss(f"{found.name}: {found.problems[0]}")
+            continue
         for problem in found.problems:
             yield Finding(
                 "list",
@@ -40,6 +44,13 @@ def list_integrity(context: Context, tally: Tally) -> Iterator[Finding]:
                 (("nodes_seen", len(found.pfns)), ("nodes_before", found.before_break)),
                 look=f"show pfn:{found.pfns[-1]:#x}" if found.pfns else "",
             )
+
+
+def _ends_in_a_hole(context: Context, head: int) -> bool:
+    """Whether a list cannot be followed because memory is missing."""
+    broken = walk_list_at(context.prog, head).broken
+    unread = broken is not None and broken.reason is BreakReason.UNREADABLE
+    return unread and broken is not None and context.in_a_hole(broken.next)
 
 
 @invariant(
@@ -94,6 +105,10 @@ def table_on_no_list(context: Context, tally: Tally) -> Iterator[Finding]:
     Whoever has it on a list believes that it is free, or somebody else's.
     """
     story = context.census.stories.lists
+    if story.missing:
+        # What is behind a break would be taken for a node of a foreign list.
+        tally.miss(story.missing[0])
+        return
     reached = context.census.reached_counts() > 0
     tally.examine(np.count_nonzero(reached))
     for index in np.flatnonzero(reached & (story.roles == Role.OTHER_LIST)).tolist():
