@@ -32,6 +32,8 @@ class Run:
     #: ``live`` or ``paused``.
     way: str
     seconds: float
+    #: Processes that the guest has ever made: tells that it was under load.
+    forks: int
     #: What was found and persisted: false findings, unless the kernel is broken.
     findings: tuple[str, ...]
     #: What a single look gave that was gone at the next.
@@ -66,7 +68,8 @@ def silence(kernel: Kernel, rounds: int, seconds: float, record: Path) -> Iterat
                 say(f"the guest is gone after {number} runs: {error}")
                 return
             took = time.monotonic() - start
-            run = _run(kernel.release, "live" if live else "paused", took, first, last)
+            forks = int(target.prog["total_forks"])
+            run = _run(kernel.release, "live" if live else "paused", took, forks, first, last)
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()
             yield run

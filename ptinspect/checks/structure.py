@@ -181,6 +181,9 @@ def tree_single_parent(context: Context, tally: Tally) -> Iterator[Finding]:
         rows = _parents(context, address)
         rows = rows[tables.parent[rows] >= 0]
         mine = rows[context.user_space[tables.space[rows]]]
+        if not context.pages.readable[rows[0]]:
+            tally.miss("the descriptor of a table with several parents could not be read")
+            continue
         if (tables.level[rows] == 1).all() and _may_be_shared(context, rows):
             continue
         first = int(tables.first[mine[-1]])
