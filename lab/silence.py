@@ -108,7 +108,14 @@ def _paused(guest: Guest, target: Target) -> tuple[CheckResults, CheckResults]:
     return first, persisting(first, second)
 
 
-def _run(release: str, way: str, seconds: float, first: CheckResults, last: CheckResults) -> Run:
+def _run(
+    release: str,
+    way: str,
+    seconds: float,
+    forks: int,
+    first: CheckResults,
+    last: CheckResults,
+) -> Run:
     kept = set(last.findings)
     told = [f"{f.invariant}: {f.message} {dict(f.evidence)} {f.owner}" for f in last.findings]
     gone = [f"{f.invariant}: {f.message} {f.owner}" for f in first.findings if f not in kept]
@@ -119,4 +126,13 @@ def _run(release: str, way: str, seconds: float, first: CheckResults, last: Chec
         lost += [f"{result.invariant.id}: {what}" for what in result.missing]
         if result.verdict is Verdict.FAILED:
             lost.append(f"{result.invariant.id} FAILED {result.reason}")
-    return Run(release, way, round(seconds, 2), tuple(told), tuple(gone), tuple(aside), tuple(lost))
+    return Run(
+        kernel=release,
+        way=way,
+        seconds=round(seconds, 2),
+        forks=forks,
+        findings=tuple(told),
+        vanished=tuple(gone),
+        set_aside=tuple(aside),
+        incomplete=tuple(lost),
+    )
