@@ -26,6 +26,7 @@ from ptinspect.cli import (
     sharing,
     shell,
     summary,
+    trace,
     translate,
 )
 from ptinspect.cli.target_options import target_options
@@ -67,6 +68,7 @@ for _command in (
     fragments.command,
     locks.command,
     shell.command,
+    trace.command,
 ):
     cli.add_command(_command)
 
