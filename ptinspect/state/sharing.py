@@ -24,7 +24,7 @@ from ptinspect.state.told import Told
 from ptinspect.tables.walk import Tables
 
 #: Those that select ARCH_WANT_HUGE_PMD_SHARE (arch/*/Kconfig).
-_SHARING_ARCHITECTURES = frozenset({"x86_64", "aarch64", "riscv64"})
+_SHARING_ARCHITECTURES = frozenset({"x86_64", "arm64", "riscv64"})
 
 
 class Sharer(NamedTuple):
@@ -99,7 +99,11 @@ def read_sharing(prog: Program, tables: Tables, pmds: PmdTables) -> Sharing:
     address = tables.address[pmds.rows]
     begin = np.searchsorted(tables.address[rows], address, side="left")
     end = np.searchsorted(tables.address[rows], address, side="right")
-    wanted = np.flatnonzero((end - begin > 1) | (counts[pmds.page] != 0))
+    several = end - begin > 1
+    if counted_by == "pt_share_count":
+        several |= counts[pmds.page] != 0
+    # A reference beyond the first alone is somebody's who looks at the page for a moment.
+    wanted = np.flatnonzero(several)
     mappings = Mappings(prog)
     shared = []
     missing = []

@@ -29,9 +29,7 @@ from ptinspect.kernel.paging import EntryClass
 from ptinspect.state.deposits import DepositRing
 from ptinspect.state.lists import FREE_LIST
 from ptinspect.tables.lookup import Outcome, walk_address
-from ptinspect.tables.scan import scan_memmap
 from ptinspect.tables.spaces import Space
-from ptinspect.target import open_target
 
 pytestmark = pytest.mark.guest
 
@@ -61,13 +59,6 @@ KERNELS = (
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     with resting_guest(request.param) as guest:
         yield guest
-
-
-@pytest.fixture(scope="module")
-def sample(running: Running) -> Iterator[Sample]:
-    with open_target(running.paused) as target:
-        prog = target.prog
-        yield Sample(running.kernel.release, prog, running.truth, scan_memmap(prog), running.texts)
 
 
 def table_at(sample: Sample, space: Space, va: int, level: int) -> int:

@@ -14,6 +14,7 @@ from opened import Sample
 from overlay import Overlay
 from test_walk import made, walked
 
+import ptinspect.state.sharing as state_sharing
 from ptinspect.faces.sharing import sharing_report
 from ptinspect.state.sharing import SharedTable, Sharing
 
@@ -104,6 +105,22 @@ def test_count_of_a_table_that_is_not_shared(sample: Sample, shared: SharedTable
         found = answer(sample)
     assert found.status == 1
     assert "counts 1 sharers beyond the first, 1 entries" in found.line_with("FINDING")
+
+
+def test_kernels_that_count_references(
+    sample: Sample, shared: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before pt_share_count each sharer beyond the first took a reference to the page."""
+    monkeypatch.setattr(state_sharing, "ptdesc_has_member", lambda prog, name: False)
+    references = pfn_to_page(sample.prog, shared.table // 4096)._refcount.counter
+    assert references == 1
+    with Overlay(sample.prog).value_of(references, 2):
+        found = answer(sample)
+    assert found.status == 0
+    assert found.census.stories.sharing.counted_by == "refcount"
+    (same,) = found.census.stories.sharing.tables
+    assert (same.count, len(same.sharers)) == (1, 2)
+    assert "refcount counts 0 sharers beyond the first, 2" in answer(sample).line_with("FINDING")
 
 
 def test_a_parent_is_gone(sample: Sample, shared: SharedTable) -> None:
