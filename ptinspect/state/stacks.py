@@ -143,6 +143,8 @@ def _waiting_stack(
             start = base
         words = _read_words(prog, start, base + size - start)
         if words is None:
+            if task.exit_state or task.stack.value_() != base:
+                return None  # it exited while it was read
             return f"the kernel stack of {_task_name(task)} cannot be read"
         return KernelStack(_task_name(task), None, start & ~7, words)
     except (FaultError, LookupError) as error:
