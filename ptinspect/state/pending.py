@@ -15,6 +15,7 @@ older ones most architectures drop the type before they gather a table.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,6 +29,7 @@ from ptinspect.lists import walk_list
 from ptinspect.memory import AddressArray, BoolArray
 from ptinspect.state.rcu import CallbackList, RcuCallbacks, Segment, rcu_callbacks
 from ptinspect.state.stacks import KernelStack, kernel_stacks
+from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
 from ptinspect.tables.scan import MemmapScan, descriptor_indices
 from ptinspect.tables.walk import Tables
@@ -122,6 +124,24 @@ class Pending:
         ours = np.array([each.way is way for each in self.frees] or [False], np.bool_)
         missing = self.missing if way is Way.RCU else ()
         return HeldTables(self.pfns[ours[self.free]], missing)
+
+
+def tell_pending(pending: Pending, pfn: int) -> Iterator[Told]:
+    """Say what the tables of a page wait for."""
+    for number in np.unique(pending.free[pending.pfns == np.uint64(pfn)]).tolist():
+        free = pending.frees[number]
+        where = "" if free.cpu is None else f" on CPU {free.cpu}"
+        if free.way is Way.GATHER:
+            yield Told(f"in the batch at {free.address:#x} that {free.task} gathers{where}")
+        elif free.way is Way.KERNEL_WORK:
+            yield Told("waits on kernel_pgtable_work to be freed", "pt_list")
+        else:
+            stage = "" if free.segment is None else f" ({free.segment.value})"
+            if free.function == _BATCH_FUNCTION:
+                yield Told(f"in the batch at {free.address:#x} that waits for RCU{where}{stage}")
+            else:
+                told = f"waits for RCU{where}{stage}, then {free.function}()"
+                yield Told(told, "pt_rcu_head")
 
 
 def read_pending(prog: Program, tables: Tables, scan: MemmapScan) -> Pending:

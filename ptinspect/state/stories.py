@@ -25,7 +25,7 @@ from ptinspect.state.halves import Halves, read_halves, tell_halves
 from ptinspect.state.lists import Lists, read_lists, tell_lists
 from ptinspect.state.locks import Locks, read_locks, tell_locks
 from ptinspect.state.owners import Owners, read_owners, tell_owners
-from ptinspect.state.pending import Pending, Way, read_pending
+from ptinspect.state.pending import Pending, Way, read_pending, tell_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
 from ptinspect.state.sharing import Sharing, read_sharing, tell_sharing
 from ptinspect.state.told import Told
@@ -146,6 +146,7 @@ class Stories:
         return (
             *tell_deposits(self.deposits, self.tables, pfn, ptdesc),
             *tell_lists(self.lists, pfn),
+            *tell_pending(self.pending, pfn),
             *tell_owners(self.owners, self.tables, ptdesc),
             *tell_sharing(self.sharing, self.tables, ptdesc),
             *tell_gmaps(self.gmaps, self.tables, pfn),

@@ -21,7 +21,7 @@ from drgn.helpers.linux.percpu import per_cpu
 from drgn.helpers.linux.sched import cpu_curr
 from opened import Sample
 from overlay import Overlay
-from test_commands import answer
+from test_commands import answer, run
 
 from ptinspect.census import Census, Holder, take_census
 from ptinspect.faces.pending import pending_report
@@ -198,6 +198,15 @@ def test_orphans_are_listed_with_what_is_known(moving: Sample) -> None:
     assert len(tables["descriptors"]) == len(tables["orphans"]) == 1
     assert tables["orphans"][0]["pfn"] == tables["descriptors"][0]["pfn"]
     assert tables["orphans"][0]["holds"] == "nothing"
+
+
+def test_show_says_what_a_table_waits_for(moving: Sample, pending: Pending) -> None:
+    for number, words in ((0, "that waits for RCU on CPU 1 (wait)"), (3, "gathers on CPU 1")):
+        free = pending.frees[number]
+        pfn = int(pending.pfns[pending.free == number][0])
+        text = run("--sample", moving.name, "show", f"pfn:{pfn:#x}").stdout
+        assert f"in the batch at {free.address:#x} that" in text
+        assert words in text
 
 
 def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
