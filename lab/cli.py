@@ -123,12 +123,15 @@ def boot(
 @click.argument("kernel", nargs=-1, required=True)
 @click.option("--rounds", default=20, show_default=True, help="Runs of each way.")
 @click.option("--seconds", default=3600.0, show_default=True, help="When to end at the latest.")
+@click.option("--append", default="", help="More words for the kernel command line.")
 @click.option("--record", type=_NEW, required=True, help="Gets a line of JSON for each run.")
-def silence_command(kernel: tuple[str, ...], rounds: int, seconds: float, record: Path) -> None:
+def silence_command(
+    kernel: tuple[str, ...], rounds: int, seconds: float, append: str, record: Path
+) -> None:
     """Run ptinspect check on a KERNEL under load, again and again, live and paused in turn."""
     chosen = _kernel(kernel)
     bad = number = 0
-    for run in silence(chosen, rounds, seconds, record):
+    for run in silence(chosen, rounds, seconds, record, append):
         number += 1
         bad += bool(run.findings)
         for finding in run.findings:

@@ -43,16 +43,19 @@ class Run:
     incomplete: tuple[str, ...]
 
 
-def silence(kernel: Kernel, rounds: int, seconds: float, record: Path) -> Iterator[Run]:
+def silence(
+    kernel: Kernel, rounds: int, seconds: float, record: Path, append: str = ""
+) -> Iterator[Run]:
     """
     Boot a kernel under load and run all invariants again and again, live and stopped in turn.
 
     :param rounds: Runs of each way, at most.
     :param seconds: When to stop at the latest.
     :param record: Gets a line of JSON for each run.
+    :param append: More words for the kernel command line.
     """
     end = time.monotonic() + seconds
-    with _loaded(kernel) as (guest, target), record.open("a") as out:
+    with _loaded(kernel, append) as (guest, target), record.open("a") as out:
         for number in range(2 * rounds):
             if time.monotonic() > end:
                 say(f"the time is over after {number} runs")
@@ -76,11 +79,13 @@ def silence(kernel: Kernel, rounds: int, seconds: float, record: Path) -> Iterat
 
 
 @contextmanager
-def _loaded(kernel: Kernel) -> Iterator[tuple[Guest, Target]]:
+def _loaded(kernel: Kernel, append: str) -> Iterator[tuple[Guest, Target]]:
     initrd = workload_initramfs(kernel.arch, kernel.modules)
 
     def make() -> Guest:
-        return Guest(kernel.arch, kernel.image, initrd, memory=1024, smp="2", append="lab_load=1")
+        return Guest(
+            kernel.arch, kernel.image, initrd, memory=1024, smp="2", append=f"lab_load=1 {append}"
+        )
 
     with booted(make, "@@ready", timeout=900) as guest:
         options = TargetOptions(qemu=str(guest.qmp_socket), symbols=(kernel.vmlinux,))
