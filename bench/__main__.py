@@ -32,6 +32,7 @@ TABLES = (
     ("follow_phys", "raw tables"),
     ("raw census", "raw census"),
     ("census", "raw census"),
+    ("check", "raw census"),
     ("ps", "raw census"),
 )
 

@@ -22,6 +22,7 @@ from drgn import FaultError, Object, Program, sizeof
 from drgn.helpers.linux.mm import follow_phys, for_each_page
 
 from ptinspect.census import distinct_tables, take_census
+from ptinspect.checks import run_checks
 from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.kernel.paging import paging_of
 from ptinspect.memory import CHUNK_BYTES, AddressArray
@@ -144,6 +145,17 @@ def census(prog: Program) -> Work:
     return lambda: int(np.count_nonzero(distinct_tables(take_census(prog).tables)))
 
 
+def check(prog: Program) -> Work:
+    """Every invariant on a census of its own: what ``ptinspect check`` does before it prints."""
+
+    def work() -> int:
+        census = take_census(prog)
+        run_checks(prog, census=census)
+        return int(np.count_nonzero(distinct_tables(census.tables)))
+
+    return work
+
+
 def ps(prog: Program) -> Work:
     """What ``ptinspect ps`` does before it prints."""
 
@@ -187,6 +199,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Program], Work], int]] = {
     "follow_phys": (naive_walk, 1),
     "raw census": (raw_census, 3),
     "census": (census, 3),
+    "check": (check, 3),
     "ps": (ps, 3),
 }
 

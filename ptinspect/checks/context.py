@@ -99,7 +99,7 @@ class Context:
     @cached_property
     def page_reader(self) -> PageReader:
         """Reads struct pages."""
-        return PageReader(self.prog)
+        return PageReader(self.prog, self.census.scan)
 
     def space_of(self, row: int) -> Space:
         """Get the space of a row."""

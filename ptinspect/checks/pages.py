@@ -13,6 +13,7 @@ from drgn import Program
 from ptinspect.kernel.descriptor import flags_bit, page_type_test, ptdesc_dtype
 from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.tables.memmap import Memmap
+from ptinspect.tables.scan import MemmapScan
 
 #: PG_buddy of the kernels whose page types are macros (include/linux/page-flags.h, up to 6.10).
 _MACRO_BUDDY = 0x80
@@ -54,8 +55,12 @@ class Pages:
 class PageReader:
     """Reads struct pages by page frame."""
 
-    def __init__(self, prog: Program) -> None:
+    def __init__(self, prog: Program, scan: MemmapScan) -> None:
+        """
+        :param scan: What it found is not read again.
+        """
         self._prog = prog
+        self._scan = scan
         self._memmap = Memmap(prog)
         self._dtype = ptdesc_dtype(prog)
         self._names = _type_names(prog)
@@ -72,13 +77,15 @@ class PageReader:
         """
         unique, back = np.unique(pfns, return_inverse=True)
         addresses, known = self._memmap.addresses(unique)
-        where = np.flatnonzero(known)
+        scanned = self._scanned(unique)
+        where = np.flatnonzero(known & (scanned < 0))
         blocks = read_blocks(self._prog, addresses[where], self._dtype.itemsize, physical=False)
         data = np.zeros((len(unique), self._dtype.itemsize), np.uint8)
         data[where] = blocks.data
-        readable = np.zeros(len(unique), np.bool_)
+        readable = scanned >= 0
         readable[where] = blocks.readable
         records = data.view(self._dtype).reshape(-1)
+        records[scanned >= 0] = self._scan.descriptors[scanned[scanned >= 0]]
         types = records["__page_type"].astype(np.uint32)
         typed, slab, buddy, typeless = self._kinds(types, records["pt_flags"].astype(np.uint64))
         lru_bit = flags_bit(self._prog, "PG_lru") or 0
@@ -98,6 +105,15 @@ class PageReader:
             ~known[back],
             **{name: (column & readable)[back] for name, column in columns.items()},
         )
+
+    def _scanned(self, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+        """Get the index of each page in the scan, or -1."""
+        if not len(self._scan.pfns):
+            return np.full(len(pfns), -1, np.intp)
+        place = np.searchsorted(self._scan.pfns, pfns)
+        place[place == len(self._scan.pfns)] = 0
+        found: npt.NDArray[np.intp] = np.where(self._scan.pfns[place] == pfns, place, -1)
+        return found
 
     def _kinds(
         self, types: npt.NDArray[np.uint32], flags: npt.NDArray[np.uint64]
