@@ -15,7 +15,8 @@ the kernel's own functions where it has them, and take and return drgn objects.
 All descriptors: ``scan_memmap(prog)``, ``summarise(prog, scan)``, ``Listing(prog, scan)``,
 ``read_nr_pagetable(prog)``. Address spaces: ``find_spaces(prog)``, ``walk_address(...)``,
 ``map_space(...)``, ``walk_spaces(...)``, ``space_usage(tables)``. Both joined:
-``take_census(prog)``, ``table_owners(...)``, ``page_owners(...)``.
+``take_census(prog)``, ``table_owners(...)``, ``page_owners(...)``. What is never true of a healthy
+kernel: ``run_checks(prog)``.
 
 What this kernel looks like: ``ptdesc_type(prog)``, ``ptdesc_dtype(prog)``, ``ptdesc_layout(prog)``,
 ``ptdesc_has_member(prog, name)``, ``paging_of(prog)``. Outside of a shell:
@@ -25,6 +26,7 @@ What this kernel looks like: ``ptdesc_type(prog)``, ``ptdesc_dtype(prog)``, ``pt
 from __future__ import annotations
 
 from ptinspect.census import Holder, take_census
+from ptinspect.checks import Severity, Verdict, run_checks
 from ptinspect.kernel.descriptor import (
     page_is_pgtable,
     page_ptdesc,
@@ -78,8 +80,10 @@ __all__ = (
     "Outcome",
     "Permission",
     "RowState",
+    "Severity",
     "SpaceKind",
     "TargetOptions",
+    "Verdict",
     "Way",
     "describe_orphans",
     "describe_ptdesc",
@@ -111,6 +115,7 @@ __all__ = (
     "ptdesc_type",
     "read_memcgs",
     "read_nr_pagetable",
+    "run_checks",
     "scan_memmap",
     "space_usage",
     "summarise",

@@ -80,11 +80,14 @@ def run_checks(
     """
     Check the invariants of a target.
 
+    :param prog: The kernel.
     :param census: One that was taken already.
     :param only: Ids or families to run; all if empty.
     :param skip: Ids or families to leave out.
     :param racing: Whether the target runs: then what is suspected is looked at again on fresh
         censuses, and only what persists with the same evidence is a finding.
+    :param progress: Called before each invariant with how many are done, and how many there are.
+    :return: The result of each invariant, with its findings.
     :raises PtinspectError: if the target's memory map or paging is not supported
     """
     chosen = select(only, skip)

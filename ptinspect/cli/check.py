@@ -111,7 +111,14 @@ def _emit(
         write_junit(results, heading, severity, sys.stdout)
         status: int = ExitStatus.INCOMPLETE if results.incomplete else ExitStatus.OK
     else:
-        report = check_report(results, heading, severity=severity, most=most, racing=racing)
+        report = check_report(
+            results,
+            heading,
+            severity=severity,
+            most=most,
+            racing=racing,
+            table=output_format != "text",
+        )
         status = emit(report, output_format)
     worst = results.worst()
     return ExitStatus.FINDINGS if worst is not None and worst >= severity else status

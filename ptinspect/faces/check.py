@@ -24,53 +24,68 @@ from ptinspect.faces.report import Column, Kind, Report, Table
 
 
 def check_report(
-    results: CheckResults, target: str, *, severity: Severity, most: int, racing: bool
+    results: CheckResults,
+    target: str,
+    *,
+    severity: Severity,
+    most: int,
+    racing: bool,
+    table: bool = True,
 ) -> Report:
     """
     Lay out the verdicts, then the findings.
 
     :param severity: Findings below it are not shown.
     :param most: Findings of one invariant to show.
+    :param table: Whether to give the findings as a table too, for programs.
     """
     shown = [finding for finding in results.findings if finding.severity >= severity]
     kept = list(_first(shown, most))
+    verdicts = Table(
+        "invariants",
+        (
+            Column("invariant"),
+            Column("severity"),
+            Column("verdict"),
+            Column("examined", Kind.COUNT),
+            Column("findings", Kind.COUNT),
+            Column("set_aside", Kind.COUNT),
+            Column("vanished", Kind.COUNT),
+            Column("why"),
+        ),
+        [_verdict_row(result) for result in results.results],
+        f"Invariants of page tables and their descriptors ({target})",
+    )
+    findings = Table(
+        "findings",
+        (
+            Column("severity"),
+            Column("invariant"),
+            Column("kind"),
+            Column("address", Kind.HEX),
+            Column("owner"),
+            Column("finding"),
+            Column("evidence"),
+            Column("look"),
+        ),
+        [_finding_row(finding) for finding in kept],
+    )
     return Report(
         "check",
         target,
-        (
-            Table(
-                "invariants",
-                (
-                    Column("invariant"),
-                    Column("severity"),
-                    Column("verdict"),
-                    Column("examined", Kind.COUNT),
-                    Column("findings", Kind.COUNT),
-                    Column("set_aside", Kind.COUNT),
-                    Column("vanished", Kind.COUNT),
-                    Column("why"),
-                ),
-                [_verdict_row(result) for result in results.results],
-                f"Invariants of page tables and their descriptors ({target})",
-            ),
-            Table(
-                "findings",
-                (
-                    Column("severity"),
-                    Column("invariant"),
-                    Column("kind"),
-                    Column("address", Kind.HEX),
-                    Column("owner"),
-                    Column("finding"),
-                    Column("evidence"),
-                    Column("look"),
-                ),
-                [_finding_row(finding) for finding in kept],
-                "Findings",
-            ),
-        ),
+        (verdicts, findings) if table else (verdicts,),
         notes=tuple(_notes(results, len(shown), len(kept), racing)),
         missing=tuple(_missing(results)),
+        findings=tuple(_sentence(finding) for finding in kept),
+    )
+
+
+def _sentence(finding: Finding) -> str:
+    owner = f" of {finding.owner}" if finding.owner else ""
+    look = f"; see ptinspect {finding.look}" if finding.look else ""
+    return (
+        f"{finding.invariant} ({finding.severity.name.lower()}): {finding.kind} "
+        f"{finding.address:#x}{owner}: {finding.message} [{_evidence(finding)}]{look}"
     )
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from drgn import FaultError, Object, Program, container_of
-from drgn.helpers.linux.mm import vma_find
 
 from ptinspect.tables.spaces import Space
+from ptinspect.tables.vmas import Areas, try_areas
 
 #: inode.i_flags: the file's pages are device memory, mapped directly (include/linux/fs.h).
 _S_DAX = 1 << 13
@@ -38,13 +39,12 @@ class MappedFile:
 
 
 class Mappings:
-    """The mappings of spaces, each looked up once for neighbouring addresses."""
+    """The mappings of spaces; those of one mm are read once."""
 
     def __init__(self, prog: Program) -> None:
         self._prog = prog
-        self._mm = 0
-        self._start = self._end = 0
-        self._vma: Object | None = None
+        #: By address of the mm; ``None`` if they cannot be read.
+        self._areas: dict[int, Areas | None] = {}
 
     def at(self, space: Space, address: int) -> Object | None:
         """
@@ -54,17 +54,16 @@ class Mappings:
         """
         if space.mm is None:
             return None
-        if space.mm.address == self._mm and self._start <= address < self._end:
-            return self._vma
-        try:
-            vma = vma_find(space.mm.object(self._prog), address).read_()
-            if not vma or not vma.vm_start <= address < vma.vm_end:
-                return None
-            start, end = int(vma.vm_start.value_()), int(vma.vm_end.value_())
-        except _DAMAGED:
+        mm = space.mm.address
+        if mm not in self._areas:
+            self._areas[mm] = try_areas(self._prog, space.mm.object(self._prog))[0]
+        areas = self._areas[mm]
+        if areas is None:
             return None
-        self._mm, self._start, self._end, self._vma = space.mm.address, start, end, vma
-        return vma
+        place = int(areas.index_of(np.array([address], np.uint64))[0])
+        if place < 0:
+            return None
+        return Object(self._prog, "struct vm_area_struct *", int(areas.objects[place]))
 
 
 def is_dax(vma: Object) -> bool | None:

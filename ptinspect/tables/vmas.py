@@ -13,12 +13,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 from drgn import FaultError, Object, Program, Type, offsetof, sizeof
+from drgn.helpers.linux.mm import for_each_vma
 
-from ptinspect.errors import IncompleteError, TargetError
+from ptinspect.errors import IncompleteError
 from ptinspect.kernel.descriptor import byte_order
 from ptinspect.memory import AddressArray, read_blocks
 
@@ -80,11 +82,13 @@ def read_areas(prog: Program, mm: Object) -> Areas:
     :param mm: ``struct mm_struct *``
     :raises FaultError: if the tree or an area cannot be read
     :raises IncompleteError: if they make no sense
-    :raises TargetError: if the kernel keeps its areas in another way (before 6.1)
     """
-    if not mm.prog_.type("struct mm_struct").has_member("mm_mt"):
-        raise TargetError("this kernel keeps memory areas in no maple tree (before 6.1)")
-    objects = np.array(list(_entries(prog, int(mm.mm_mt.ma_root.value_()))), np.uint64)
+    if prog.type("struct mm_struct").has_member("mm_mt"):
+        found = _entries(prog, int(mm.mm_mt.ma_root.value_()))
+    else:
+        # A list without back links that are needed here, up to 6.0.
+        found = (int(vma.value_()) for vma in islice(for_each_vma(mm), AREA_LIMIT))
+    objects = np.array(list(found), np.uint64)
     type_ = prog.type("struct vm_area_struct")
     blocks = read_blocks(prog, objects, sizeof(type_), physical=False)
     if not blocks.readable.all():
@@ -175,5 +179,5 @@ def try_areas(prog: Program, mm: Object) -> tuple[Areas | None, str]:
     """Read the areas of an mm; what is wrong instead, if they cannot be read."""
     try:
         return read_areas(prog, mm), ""
-    except (FaultError, IncompleteError, TargetError) as error:
+    except (FaultError, IncompleteError) as error:
         return None, str(error)
