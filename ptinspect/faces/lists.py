@@ -24,6 +24,7 @@ _ROLE_MEANINGS = {
     Role.DEPOSIT: "node of a ring of tables deposited for huge pages",
     Role.RCU: "pt_rcu_head: waits for a grace period",
     Role.PMD_HUGE_PTE: "the second word is pmd_huge_pte: a PMD table of an mm",
+    Role.GMAP: "node of a list of a guest's tables",
     Role.SELF: "its own neighbour: initialised, or a list of one",
     Role.OTHER_LIST: "node of a list that has no name here: both neighbours point back",
 }
@@ -90,7 +91,8 @@ def lists_report(census: Census, target: str, *, nodes: bool) -> Report:
 def _shown(story: Lists) -> Iterator[WordList]:
     """Leave out the lists of mms that are empty, as nearly all of them are."""
     for found in story.lists:
-        if found.pfns or found.problems or found.role is not Role.PGTABLE_LIST:
+        per_space = found.role in (Role.PGTABLE_LIST, Role.GMAP)
+        if found.pfns or found.problems or not per_space:
             yield found
 
 
@@ -105,7 +107,7 @@ def _notes(story: Lists) -> Iterator[str]:
         yield "This kernel keeps no list of descriptors (pgd_list is x86's)."
     empty = len(story.lists) - len(list(_shown(story)))
     if empty:
-        yield f"{empty} more mms have an empty pgtable_list."
+        yield f"{empty} more lists, of mms and gmaps, are empty."
     if story.free_work_pending is not None:
         state = "is queued" if story.free_work_pending else "is not queued"
         yield f"kernel_pgtable_work {state}; tables on its list are not typed any more."

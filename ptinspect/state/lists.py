@@ -6,13 +6,14 @@
 The same 16 bytes are a node of x86's list of all PGDs (pgd_list, arch/x86/mm/pgtable.c), of the
 kernel tables that wait to be freed (kernel_pgtable_work, mm/pgtable-generic.c, since 6.19), of the
 half-free pages of an mm on s390 (context.pgtable_list, arch/s390/mm/pgalloc.c, up to 6.7), of the
-ring of tables deposited for huge pages, or an RCU callback; their second half is ``pmd_huge_pte``.
+ring of tables deposited for huge pages, of s390's lists of a guest's tables (crst_list and pt_list
+of struct gmap, up to 6.x), or an RCU callback; their second half is ``pmd_huge_pte``.
 Elsewhere they are what the page allocator left there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -26,6 +27,7 @@ from ptinspect.lists import walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.state.deposits import Deposits
 from ptinspect.state.fields import RCU_FREE_FUNCTIONS
+from ptinspect.state.gmap import Gmap
 from ptinspect.state.pmd_tables import PmdTables
 from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
@@ -60,6 +62,8 @@ class Role(IntEnum):
     SELF = 7
     #: Both neighbours point back, but it is on none of the lists above.
     OTHER_LIST = 8
+    #: s390: the tables of a guest address space, which are not typed.
+    GMAP = 9
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,23 @@ class Lists:
 
 
 def read_lists(
-    prog: Program, tables: Tables, scan: MemmapScan, pmds: PmdTables, deposits: Deposits
+    prog: Program,
+    tables: Tables,
+    scan: MemmapScan,
+    pmds: PmdTables,
+    deposits: Deposits,
+    gmaps: Sequence[Gmap],
 ) -> Lists:
     """
     Walk every list of descriptors, and tell the role of the word in each typed descriptor.
 
     :param pmds: The PMD tables of *tables*, and *deposits* what hangs on them.
+    :param gmaps: s390's guest address spaces, which up to 6.x list their tables.
     """
     memmap = Memmap(prog)
     lists = tuple(
-        _read_list(prog, memmap, name, head, role) for name, head, role in _heads(prog, tables)
+        _read_list(prog, memmap, name, head, role)
+        for name, head, role in _heads(prog, tables, gmaps)
     )
     places: dict[int, tuple[WordList, int]] = {}
     for found in lists:
@@ -124,7 +135,7 @@ def read_lists(
     )
 
 
-def _heads(prog: Program, tables: Tables) -> Iterator[tuple[str, int, Role]]:
+def _heads(prog: Program, tables: Tables, gmaps: Sequence[Gmap]) -> Iterator[tuple[str, int, Role]]:
     """Find the heads of the lists that this kernel has."""
     head = object_or_none(prog, PGD_LIST)
     if head is not None and tables.paging.architecture == "x86_64":
@@ -132,6 +143,13 @@ def _heads(prog: Program, tables: Tables) -> Iterator[tuple[str, int, Role]]:
     work = object_or_none(prog, "kernel_pgtable_work")
     if work is not None:
         yield FREE_LIST, int(work.list.address_of_().value_()), Role.FREE_LIST
+    for gmap in gmaps:
+        type_ = prog.type("struct gmap")
+        for name in ("crst_list", "pt_list"):
+            # Since 7.0 KVM keeps no list of them (arch/s390/kvm/gmap/gmap.h).
+            if type_.has_member(name):
+                head_at = gmap.address + offsetof(type_, name)
+                yield f"{name} of {gmap.name}", head_at, Role.GMAP
     mm_type = prog.type("struct mm_struct")
     try:
         offset = offsetof(mm_type, "context.pgtable_list")
@@ -241,7 +259,8 @@ def _work_pending(prog: Program) -> bool | None:
 
 def tell_lists(story: Lists, pfn: int) -> Iterator[Told]:
     """Say which list a descriptor is on."""
-    if pfn in story.places:
+    # What is on the lists of a gmap, that story tells.
+    if pfn in story.places and story.places[pfn][0].role is not Role.GMAP:
         found, place = story.places[pfn]
         text = f"node {place + 1} of {len(found.pfns)} of {found.name}"
         if found.problems:

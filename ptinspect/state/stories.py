@@ -75,7 +75,14 @@ class Stories:
     @cached_property
     def lists(self) -> Lists:
         """The lists that descriptors are on."""
-        return read_lists(self.prog, self.tables, self.scan, self.pmd_tables, self.deposits)
+        return read_lists(
+            self.prog,
+            self.tables,
+            self.scan,
+            self.pmd_tables,
+            self.deposits,
+            self.gmaps.gmaps.gmaps,
+        )
 
     @cached_property
     def owners(self) -> Owners:

@@ -70,6 +70,33 @@ def test_pgd_list(sample: Sample) -> None:
     assert [pt.value_() for pt in for_each_pgd_list_ptdesc(sample.prog)] == list(found.ptdescs)
 
 
+def test_lists_of_each_space(sample: Sample) -> None:
+    """s390: half-free pages of each mm, and the tables of each guest, by drgn's helper."""
+    prog, tables = sample.prog, walked(sample).tables
+    found = {a.name: list(a.ptdescs) for a in lists(sample).lists if " of " in a.name}
+    expected = {}
+    heads = []
+    if prog.type("struct mm_struct").member("context").type.has_member("pgtable_list"):
+        for space in tables.spaces:
+            if space.mm is not None and space.kind in (SpaceKind.USER, SpaceKind.KERNEL):
+                mm = space.mm.object(prog)
+                heads.append((f"pgtable_list of {space.name}", mm.context.pgtable_list))
+    for gmap in walked(sample).census.stories.gmaps.gmaps.gmaps:
+        struct = Object(prog, "struct gmap *", gmap.address)
+        for name in ("crst_list", "pt_list"):
+            if struct.type_.type.has_member(name):
+                heads.append((f"{name} of {gmap.name}", struct.member_(name)))
+    for name, head in heads:
+        nodes = list_for_each_entry("struct page", head.address_of_(), "lru")
+        expected[name] = [page.value_() for page in nodes]
+    assert found == expected
+    if sample.name == "s390x-6.1":
+        assert any(pages for name, pages in found.items() if name.startswith("crst_list"))
+        assert any(pages for name, pages in found.items() if name.startswith("pgtable_list"))
+    elif not sample.name.startswith("s390x"):
+        assert found == {}
+
+
 def test_owners_are_the_mms_of_tasks(sample: Sample) -> None:
     """Each task's mm by drgn's helpers: its pgd's page, and on x86 the mm that this page names."""
     story = owners(sample)
