@@ -7,8 +7,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from commands import answerable, answering_commands
@@ -16,17 +18,13 @@ from jsonschema import Draft202012Validator
 from opened import Sample
 
 import ptinspect.faces
+from ptinspect.cli import output
 from ptinspect.cli.main import run
+from ptinspect.faces.data import write_csv, write_json, write_jsonl
+from ptinspect.faces.report import Report
 
 SCHEMA = json.loads((Path(ptinspect.faces.__file__).parent / "schema.json").read_text())
 VALIDATOR = Draft202012Validator(SCHEMA)
-
-Capture = pytest.CaptureFixture[str]
-
-
-def said(sample: Sample, arguments: list[str], capsys: Capture, form: str) -> str:
-    assert run(["--sample", sample.name, *arguments, "--format", form]) in (0, 1, 4)
-    return capsys.readouterr().out
 
 
 def test_the_schema_itself() -> None:
@@ -46,14 +44,25 @@ def test_the_schema_itself() -> None:
     assert not VALIDATOR.is_valid({**good, "command": "walk", "tables": {"result": row}})
 
 
+def written(report: Report, write: Callable[[Report, TextIO], None]) -> str:
+    out = io.StringIO()
+    write(report, out)
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("name", answering_commands())
-def test_every_answer(name: str, sample: Sample, capsys: Capture) -> None:
-    arguments = [name, *answerable(name, sample)]
-    answer = json.loads(said(sample, arguments, capsys, "json"))
+def test_every_answer(name: str, sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[Report] = []
+    monkeypatch.setitem(output._WRITERS, "json", lambda report, _: reports.append(report))
+    run(["--sample", sample.name, name, *answerable(name, sample), "--format", "json"])
+    (lazy,) = reports
+    report = replace(lazy, tables=[replace(table, rows=list(table.rows)) for table in lazy.tables])
+
+    answer = json.loads(written(report, write_json))
     VALIDATOR.validate(answer)
     assert answer["command"] == name
 
-    head, *lines = map(json.loads, said(sample, arguments, capsys, "jsonl").splitlines())
+    head, *lines = map(json.loads, written(report, write_jsonl).splitlines())
     tables: dict[str, list[Any]] = {key: [] for key in answer["tables"]}
     for line in lines:
         assert set(line) == {"table", "row"}
@@ -63,7 +72,7 @@ def test_every_answer(name: str, sample: Sample, capsys: Capture) -> None:
         key: rows if isinstance(rows, list) else [rows] for key, rows in answer["tables"].items()
     }
 
-    text = said(sample, arguments, capsys, "csv").rstrip("\n")
+    text = written(report, write_csv).rstrip("\n")
     blocks = text.split("\n\n") if text else []
     assert len(blocks) == len(answer["tables"])
     for block, rows in zip(blocks, tables.values()):
@@ -83,5 +92,8 @@ def test_every_answer(name: str, sample: Sample, capsys: Capture) -> None:
         ["ps", "--no-slab"],
     ],
 )
-def test_other_answers(arguments: list[str], sample: Sample, capsys: Capture) -> None:
-    VALIDATOR.validate(json.loads(said(sample, arguments, capsys, "json")))
+def test_other_answers(
+    arguments: list[str], sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["--sample", sample.name, *arguments, "--format", "json"]) in (0, 4)
+    VALIDATOR.validate(json.loads(capsys.readouterr().out))
