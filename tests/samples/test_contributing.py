@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The invariant that CONTRIBUTING.md shows: silent on every sample, and found where it is broken."""
+"""The invariant that CONTRIBUTING.md shows: silent on each sample, found where it is broken."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Run inside a guest: ask ptinspect about the kernel that it runs on, and the kernel about itself.
+
+Some processes are made that rest, so that what both say of them can be compared exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+DATA = Path("/data")
+RESULTS = DATA / "results"
+
+
+def resting(name: str, pages: int, step: int) -> dict[str, object]:
+    """Make a process that has touched pages, so many bytes apart, and then sleeps."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        Path("/proc/self/comm").write_text(name)
+        area = mmap.mmap(-1, pages * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            area.madvise(mmap.MADV_NOHUGEPAGE)
+        for page in range(pages):
+            area[page * step] = 1
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        os.write(writing, struct.pack("=Q", start))
+        while True:
+            signal.pause()
+    (start,) = struct.unpack("=Q", os.read(reading, 8))
+    return {"name": name, "pid": pid, "start": start, "pages": pages, "step": step}
+
+
+def pagemap(pid: int, address: int) -> int:
+    """Read the entry of an address in /proc/PID/pagemap."""
+    with open(f"/proc/{pid}/pagemap", "rb") as file:
+        file.seek(address // mmap.PAGESIZE * 8)
+        return int(struct.unpack("=Q", file.read(8))[0])
+
+
+def kernel_says(pids: list[int]) -> dict[str, object]:
+    """What /proc says; writing to stat_refresh folds the counters of the CPUs in first."""
+    Path("/proc/sys/vm/stat_refresh").write_text("1")
+    vmstat = Path("/proc/vmstat").read_text()
+    counted = re.search(r"^nr_page_table_pages (\d+)$", vmstat, re.M)
+    status = {}
+    for pid in pids:
+        text = Path(f"/proc/{pid}/status").read_text()
+        status[pid] = dict(re.findall(r"^(VmPTE|VmRSS|Threads):\s+(\d+)", text, re.M))
+    return {"nr_page_table_pages": int(counted[1]) if counted else None, "status": status}
+
+
+def ask(arguments: list[str], stem: Path) -> dict[str, object]:
+    """Run a command to its end; its output goes to files."""
+    started = time.monotonic()
+    with open(f"{stem}.out", "wb") as out, open(f"{stem}.err", "wb") as err:
+        process = subprocess.Popen(arguments, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+    return {
+        "arguments": arguments,
+        "status": os.waitstatus_to_exitcode(status),
+        "seconds": round(time.monotonic() - started, 2),
+        "max_rss_kb": usage.ru_maxrss,
+    }
+
+
+def main() -> None:
+    """Answer /data/questions.json."""
+    questions = json.loads((DATA / "questions.json").read_text())
+    RESULTS.mkdir(exist_ok=True)
+    for wheel in DATA.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall("/data/site")
+    # vmlinux is mapped, privately: more than there is memory.
+    Path("/proc/sys/vm/overcommit_memory").write_text("1")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    processes = [resting("sparse", 300, 2 << 20), resting("dense", 2000, mmap.PAGESIZE)]
+    for process in processes:
+        address = int(process["start"])  # type: ignore[call-overload]
+        process["pagemap"] = pagemap(int(process["pid"]), address)  # type: ignore[call-overload]
+    pids = [int(process["pid"]) for process in processes]  # type: ignore[call-overload]
+    words = {f"{{{p['name']}.{key}}}": p[key] for p in processes for key in ("pid", "start")}
+    answers = []
+    for number, question in enumerate(questions):
+        arguments = [
+            f"{words[word]:x}" if word.endswith(".start}") else str(words.get(word, word))
+            for word in question
+        ]
+        print(f"@@live: {' '.join(arguments)}", flush=True)
+        before = kernel_says(pids)
+        answer = ask(arguments, RESULTS / f"{number:02}")
+        answers.append({**answer, "before": before, "after": kernel_says(pids)})
+    document = {
+        "release": os.uname().release,
+        "machine": os.uname().machine,
+        "python": sys.version.split()[0],
+        "page_size": mmap.PAGESIZE,
+        "memory_kb": int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0]),
+        "command_line": Path("/proc/cmdline").read_text().strip(),
+        "processes": processes,
+        "answers": answers,
+    }
+    (RESULTS / "answers.json").write_text(json.dumps(document, indent=1))
+    os.sync()
+
+
+main()

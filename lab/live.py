@@ -1,0 +1,245 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+A guest that looks into its own kernel, as root through /proc/kcore, with a distribution's programs.
+
+Its system is Debian's Python, drgn and NumPy, unpacked into a disk image together with the kernel's
+vmlinux, where the debug package puts it. ptinspect comes as a wheel, on a second disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import archive
+from lab.arches import Arch
+from lab.errors import GuestError, LabError
+from lab.guest import Guest, booted
+from lab.initramfs import pack
+from lab.kernels import Kernel, debian_modules
+from lab.run import HERE, REPOSITORY, cache, made_whole, run, say, tool
+
+#: Where a drgn of the version that ptinspect needs is.
+SUITE = "forky"
+
+PACKAGES = (
+    *("python3", "python3-drgn", "python3-numpy", "python3-click", "python3-tabulate"),
+    *("kexec-tools", "makedumpfile", "coreutils", "dash"),
+)
+#: What these are said to depend on, but not to do what is done here.
+LEFT_OUT = (
+    *("debconf", "dpkg", "perl", "perl-base", "media-types", "tzdata", "install-info"),
+    *("libc-gconv-modules-extra", "python3-numpy-dev", "netbase", "readline-common"),
+    *("libdb5.3t64", "libsqlite3-0", "libssl3t64"),
+)
+
+#: In load order. Some are built in, or gone, in some kernels.
+DISK_MODULES = (
+    *("virtio_blk", "crc16", "crc32c_generic", "crc32c-intel", "libcrc32c"),
+    *("mbcache", "jbd2", "ext4"),
+)
+
+_BUSYBOX_SUITE = "trixie"
+
+
+@dataclass(frozen=True)
+class LiveAnswers:
+    """What a guest found out about itself."""
+
+    #: answers.json of lab/inside/look.py.
+    document: dict[str, Any]
+    #: Standard output and error of each command.
+    outputs: tuple[tuple[str, str], ...]
+
+
+def system_tree(arch: Arch) -> Path:
+    """
+    Unpack the programs of a guest, without running their maintainer scripts.
+
+    :return: the folder, in the cache
+    """
+    packages = archive.Index(SUITE, arch.debian).closure(PACKAGES, LEFT_OUT)
+    words = sorted(f"{package.name} {package.version}" for package in packages)
+    key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12]
+    folder = cache("live") / f"system-{arch.name}-{key}"
+    if not folder.exists():
+        say(f"unpacking {len(packages)} packages of {SUITE} for {arch.name}")
+        with made_whole(folder) as unfinished:
+            for package in packages:
+                archive.extract(archive.download(package), ["./*"], unfinished)
+                archive.forget(package)
+            for name in ("proc", "sys", "dev", "tmp", "data"):
+                (unfinished / name).mkdir(exist_ok=True)
+            for name in ("bin", "sbin", "lib", "lib64"):
+                if (unfinished / "usr" / name).is_dir() and not (unfinished / name).exists():
+                    (unfinished / name).symlink_to(f"usr/{name}")
+            if not (unfinished / "usr/bin/sh").exists():
+                (unfinished / "usr/bin/sh").symlink_to("dash")
+            for name in ("doc", "man", "locale", "lintian", "info"):
+                shutil.rmtree(unfinished / "usr/share" / name, ignore_errors=True)
+    return folder
+
+
+def system_image(kernel: Kernel) -> Path:
+    """
+    Make the system disk of a guest: programs, and the kernel's debug file.
+
+    :return: an ext4 image, in the cache
+    """
+    tree = system_tree(kernel.arch)
+    image = cache("live") / f"{kernel.image.parent.name}-{tree.name.rpartition('-')[2]}.img"
+    if not image.exists():
+        say(f"making the system disk for {kernel.release}")
+        debug = Path("usr/lib/debug/boot") / f"vmlinux-{kernel.release}"
+        with made_whole(image) as unfinished, tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
+            staged = Path(tmp) / "root"
+            run(["cp", "-a", "--reflink=auto", tree, staged])
+            (staged / debug).parent.mkdir(parents=True)
+            shutil.copy(kernel.vmlinux, staged / debug)
+            used = sum(path.lstat().st_size + 4096 for path in staged.rglob("*"))
+            _ext4(unfinished, staged, used // 10 * 12 + (64 << 20))
+    return image
+
+
+def _ext4(image: Path, tree: Path, size: int) -> None:
+    options = "-q -t ext4 -O ^has_journal -E root_owner=0:0 -d".split()
+    run([tool("mke2fs", "e2fsprogs"), *options, tree, image, f"{size >> 10}k"])
+
+
+def wheel(into: Path) -> Path:
+    """Build a wheel of the tree."""
+    with tempfile.TemporaryDirectory() as tmp:
+        # Beside a copy, since setuptools leaves its work behind.
+        copy = Path(tmp)
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(REPOSITORY / name, copy)
+        shutil.copytree(REPOSITORY / "ptinspect", copy / "ptinspect")
+        code = f"from setuptools.build_meta import build_wheel; build_wheel({str(into)!r})"
+        run([sys.executable, "-c", code], cwd=copy)
+    (built,) = into.glob("*.whl")
+    return built
+
+
+def _busybox(arch: Arch) -> bytes:
+    package = archive.Index(_BUSYBOX_SUITE, arch.debian).find("busybox-static")
+    folder = cache("live") / f"busybox-{arch.name}-{package.version.replace(':', '_')}"
+    if not folder.exists():
+        with made_whole(folder) as unfinished:
+            archive.extract(archive.download(package), ["./*bin/busybox"], unfinished)
+        archive.forget(package)
+    (program,) = (path for path in folder.rglob("busybox") if path.is_file())
+    return program.read_bytes()
+
+
+def initramfs(suite: str, kernel: Kernel, path: Path) -> Path:
+    """Write the initramfs that mounts the disks."""
+    files = {
+        "init": (HERE / "inside" / "init").read_bytes(),
+        "bin/busybox": _busybox(kernel.arch),
+    }
+    for module in debian_modules(suite, kernel, DISK_MODULES):
+        files[f"modules/{module.name}"] = module.read_bytes()
+    path.write_bytes(pack(files, programs=["init", "bin/busybox"]))
+    return path
+
+
+def drive(path: Path, name: str, *, read_only: bool = False) -> list[str]:
+    """QEMU's options for a disk, which the guest sees in the order of these options."""
+    return [
+        "-drive",
+        f"file={path},format=raw,if=none,id={name},readonly={'on' if read_only else 'off'}",
+        "-device",
+        f"virtio-blk,drive={name}",
+    ]
+
+
+def look_inside(
+    suite: str,
+    kernel: Kernel,
+    questions: Sequence[Sequence[str]],
+    *,
+    memory: int = 1536,
+    append: str = "",
+    timeout: float = 1800,
+) -> LiveAnswers:
+    """
+    Boot a kernel of Debian's and have it answer questions about itself.
+
+    :param suite: where the kernel is from
+    :param questions: commands; ``{sparse.pid}``, ``{sparse.start}``, ``{dense.pid}`` and
+        ``{dense.start}`` are the processes that rest and where their memory begins
+    :raises LabError: if the guest does not get to its end
+    """
+    system = system_image(kernel)
+    with tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
+        folder = Path(tmp)
+        data = folder / "data"
+        data.mkdir()
+        wheel(data)
+        shutil.copy(HERE / "inside" / "look.py", data / "inside.py")
+        (data / "questions.json").write_text(json.dumps(questions))
+        disk = folder / "data.img"
+        _ext4(disk, data, 256 << 20)
+        initrd = initramfs(suite, kernel, folder / "initramfs")
+
+        def make() -> Guest:
+            return Guest(
+                kernel.arch,
+                kernel.image,
+                initrd,
+                memory=memory,
+                smp="2",
+                append=append,
+                extra=[*drive(system, "system", read_only=True), *drive(disk, "data")],
+            )
+
+        with booted(make, "@@live:", timeout=timeout) as guest:
+            said = guest.wait_for("@@live-done", timeout=timeout)
+        problem = re.search(r"@@live-failed: (.*)", said)
+        if problem:
+            tail = "\n".join(said.splitlines()[-20:])
+            raise GuestError(f"{problem[1]}; the console's end:\n{tail}")
+        results = folder / "results"
+        results.mkdir()
+        read_back(disk, "/results", results)
+        return _answers(results / "results")
+
+
+def read_back(image: Path, what: str, into: Path) -> None:
+    """
+    Copy a folder out of an ext4 image.
+
+    :raises LabError: if it is not there
+    """
+    command = [tool("debugfs", "e2fsprogs"), "-R", f"rdump {what} {into}", str(image)]
+    subprocess.run(command, capture_output=True, check=True)
+    if not any(into.iterdir()):
+        raise LabError(f"{image.name} has no {what}")
+
+
+def _answers(folder: Path) -> LiveAnswers:
+    document = json.loads((folder / "answers.json").read_text())
+    outputs = tuple(
+        (
+            (folder / f"{number:02}.out").read_text(errors="replace"),
+            (folder / f"{number:02}.err").read_text(errors="replace"),
+        )
+        for number in range(len(document["answers"]))
+    )
+    return LiveAnswers(document, outputs)
+
+
+def image_sizes() -> dict[str, int]:
+    """Get the bytes that each system disk in the cache really takes."""
+    return {path.name: os.stat(path).st_blocks * 512 for path in cache("live").glob("*.img")}
