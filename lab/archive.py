@@ -207,20 +207,62 @@ class Index:
             raise LabError(f"{self.suite} has no package {pattern} for {self.architecture}")
         return max(found, key=lambda package: version_key(package.version))
 
+    def closure(self, names: Iterable[str], without: Iterable[str] = ()) -> list[Package]:
+        """
+        Find packages and all that they depend on.
+
+        Of alternatives the first is taken; versions are those of the suite.
+
+        :param without: names of packages that are left out, with what only they need
+        :raises LabError: if one of *names* does not exist
+        """
+        known: dict[str, dict[str, str]] = {}
+        provided: dict[str, str] = {}
+        for text in self._text.split("\n\n"):
+            fields = _fields(text)
+            name = fields.get("Package", "")
+            known[name] = fields
+            for other in fields.get("Provides", "").split(","):
+                provided.setdefault(re.split(r"[ (:]", other.strip())[0], name)
+        found: dict[str, Package] = {}
+        wanted = list(names)
+        for name in wanted:
+            if name not in known:
+                raise LabError(f"{self.suite} has no package {name} for {self.architecture}")
+        left_out = set(without)
+        while wanted:
+            name = wanted.pop(0)
+            name = name if name in known else provided.get(name, "")
+            if not name or name in found or name in left_out:
+                continue
+            fields = known[name]
+            found[name] = _package(fields)
+            for role in ("Pre-Depends", "Depends"):
+                for need in fields.get(role, "").split(","):
+                    wanted.append(re.split(r"[ (:|]", need.strip())[0])
+        return list(found.values())
+
+
+def _fields(stanza: str) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line)
+
+
+def _package(fields: dict[str, str]) -> Package:
+    return Package(
+        fields["Package"],
+        fields["Version"],
+        fields["Filename"],
+        int(fields["Size"]),
+        fields["SHA256"],
+    )
+
 
 def stanzas(text: str, pattern: str) -> Iterable[Package]:
     """Get the packages of an index whose whole name matches."""
     for match in re.finditer(rf"^Package: (?:{pattern})$", text, re.MULTILINE):
         end = text.find("\n\n", match.start())
         stanza = text[match.start() : end if end >= 0 else len(text)]
-        fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line)
-        yield Package(
-            fields["Package"],
-            fields["Version"],
-            fields["Filename"],
-            int(fields["Size"]),
-            fields["SHA256"],
-        )
+        yield _package(_fields(stanza))
 
 
 def _deb_path(package: Package) -> Path:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -395,3 +396,38 @@ def _kept_kernel(arch: Arch, folder: Path) -> Kernel:
         folder / "vmlinux",
         tuple(sorted((folder / "modules").glob("*.ko"))) if arch.vmcoreinfo_modules else (),
     )
+
+
+def debian_modules(suite: str, kernel: Kernel, names: Sequence[str]) -> tuple[Path, ...]:
+    """
+    Get more modules of one of Debian's kernels, uncompressed, in the order of their names.
+
+    A name that the kernel has no module for is left out: it is built in, or has another name in
+    another series.
+
+    :param kernel: What :func:`debian_kernel` gave for this suite.
+    """
+    folder = cache("modules") / f"{kernel.image.parent.name}-{_key(*names)}"
+    if not folder.exists():
+        release = re.escape(kernel.release)
+        index = archive.Index(suite, kernel.arch.debian)
+        try:
+            package = index.find(f"linux-modules-{release}")
+        except LabError:
+            package = index.find(f"linux-image-{release}(?:-unsigned)?")
+        with made_whole(folder) as unfinished:
+            unpacked = unfinished / "package"
+            archive.extract(
+                archive.download(package), [f"*/{name}.ko*" for name in names], unpacked
+            )
+            found = {path.name.split(".ko")[0]: path for path in unpacked.rglob("*.ko*")}
+            for number, name in enumerate(name for name in names if name in found):
+                target = unfinished / f"{number:02}-{name}.ko"
+                target.write_bytes(archive.uncompressed(found[name]))
+            shutil.rmtree(unpacked)
+        archive.forget(package)
+    return tuple(sorted(folder.glob("*.ko")))
+
+
+def _key(*words: str) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]

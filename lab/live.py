@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -113,8 +112,8 @@ def system_image(kernel: Kernel) -> Path:
 
 
 def _ext4(image: Path, tree: Path, size: int) -> None:
-    options = "-q -t ext4 -O ^has_journal -E root_owner=0:0 -d".split()
-    run([tool("mke2fs", "e2fsprogs"), *options, tree, image, f"{size >> 10}k"])
+    options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0"]
+    run([tool("mke2fs", "e2fsprogs"), *options, "-d", str(tree), image, f"{size >> 10}k"])
 
 
 def wheel(into: Path) -> Path:
@@ -177,8 +176,9 @@ def look_inside(
     Boot a kernel of Debian's and have it answer questions about itself.
 
     :param suite: where the kernel is from
-    :param questions: commands; ``{sparse.pid}``, ``{sparse.start}``, ``{dense.pid}`` and
-        ``{dense.start}`` are the processes that rest and where their memory begins
+    :param questions: commands, or ``drgn`` and lines for its shell; ``{sparse.pid}``,
+        ``{sparse.start}``, ``{dense.pid}`` and ``{dense.start}`` are the processes that rest and
+        where their memory begins
     :raises LabError: if the guest does not get to its end
     """
     system = system_image(kernel)
@@ -238,8 +238,3 @@ def _answers(folder: Path) -> LiveAnswers:
         for number in range(len(document["answers"]))
     )
     return LiveAnswers(document, outputs)
-
-
-def image_sizes() -> dict[str, int]:
-    """Get the bytes that each system disk in the cache really takes."""
-    return {path.name: os.stat(path).st_blocks * 512 for path in cache("live").glob("*.img")}

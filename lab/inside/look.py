@@ -3,6 +3,7 @@
 """
 Run inside a guest: ask ptinspect about the kernel that it runs on, and the kernel about itself.
 
+A question is a command, or ``drgn`` and commands of drgn's shell, which are all run in one session.
 Some processes are made that rest, so that what both say of them can be compared exactly.
 """
 
@@ -64,8 +65,23 @@ def kernel_says(pids: list[int]) -> dict[str, object]:
     return {"nr_page_table_pages": int(counted[1]) if counted else None, "status": status}
 
 
+SESSION = """
+import sys
+from drgn.commands import run_command
+
+for line in sys.argv[1:]:
+    print("@@", line, flush=True)
+    run_command(prog, line)
+    sys.stdout.flush()
+"""
+
+
 def ask(arguments: list[str], stem: Path) -> dict[str, object]:
     """Run a command to its end; its output goes to files."""
+    if arguments[0] == "drgn":
+        script = Path("/tmp/session.py")
+        script.write_text(SESSION)
+        arguments = ["python3", "-m", "drgn", str(script), *arguments[1:]]
     started = time.monotonic()
     with open(f"{stem}.out", "wb") as out, open(f"{stem}.err", "wb") as err:
         process = subprocess.Popen(arguments, stdout=out, stderr=err)
@@ -92,12 +108,12 @@ def main() -> None:
         address = int(process["start"])  # type: ignore[call-overload]
         process["pagemap"] = pagemap(int(process["pid"]), address)  # type: ignore[call-overload]
     pids = [int(process["pid"]) for process in processes]  # type: ignore[call-overload]
-    words = {f"{{{p['name']}.{key}}}": p[key] for p in processes for key in ("pid", "start")}
+    words = {f"{{{p['name']}.pid}}": str(p["pid"]) for p in processes}
+    words.update({f"{{{p['name']}.start}}": f"{p['start']:x}" for p in processes})
     answers = []
     for number, question in enumerate(questions):
         arguments = [
-            f"{words[word]:x}" if word.endswith(".start}") else str(words.get(word, word))
-            for word in question
+            re.sub(r"\{\w+\.\w+\}", lambda match: words[match[0]], word) for word in question
         ]
         print(f"@@live: {' '.join(arguments)}", flush=True)
         before = kernel_says(pids)
