@@ -18,6 +18,7 @@ from lab.errors import LabError
 from lab.guest import Guest
 from lab.initramfs import build_workload, workload_initramfs
 from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel
+from lab.live import crash, look_inside
 from lab.run import say
 from lab.shrink import shrink, verify
 from lab.silence import silence
@@ -159,6 +160,45 @@ def shrink_command(full: Path, vmlinux: Path, small: Path, truth: Path | None) -
 def sample(name: str) -> None:
     """Make a sample: build, boot, report, dump, shrink, check, package."""
     click.echo(samples.make_sample(name))
+
+
+@commands.command()
+@click.argument("suite")
+@click.argument("arch")
+@click.argument("series")
+@click.argument("question", nargs=-1)
+@click.option("--memory", default=1536, help="MiB.", show_default=True)
+def live(suite: str, arch: str, series: str, question: tuple[str, ...], memory: int) -> None:
+    """
+    Boot a Debian kernel whose system has drgn and ptinspect, and look through its /proc/kcore.
+
+    Each QUESTION is one command of ptinspect, in quotes, with its options; by default `summary`.
+    `{sparse.pid}` is a process that rests in the guest.
+    """
+    asked = [("python3", "-m", "ptinspect", *line.split()) for line in question or ("summary",)]
+    answers = look_inside(suite, debian_kernel(suite, arch, series), asked, memory=memory)
+    for told, (out, err) in zip(answers.document["answers"], answers.outputs):
+        click.echo(f"$ {' '.join(told['arguments'])}")
+        click.echo(out + err)
+        click.echo(
+            f"# status {told['status']}, {told['seconds']} s, {told['max_rss_kb'] // 1024} MiB; "
+            f"nr_page_table_pages {told['before']['nr_page_table_pages']} before, "
+            f"{told['after']['nr_page_table_pages']} after\n"
+        )
+
+
+@commands.command("crash")
+@click.argument("suite")
+@click.argument("arch")
+@click.argument("series")
+@click.argument("folder", type=click.Path(file_okay=False, exists=True, path_type=Path))
+@click.option("--level", default=31, show_default=True, help="makedumpfile's -d.")
+def crash_command(suite: str, arch: str, series: str, folder: Path, level: int) -> None:
+    """Crash a Debian kernel, and put the dump that its kdump takes into FOLDER."""
+    kernel = debian_kernel(suite, arch, series)
+    crash(suite, kernel, {"vmcore": ["-l", "-d", str(level)]}, folder)
+    click.echo(f"vmcore  {folder / 'vmcore'}")
+    click.echo(f"vmlinux {kernel.vmlinux}")
 
 
 @commands.command("list")

@@ -16,13 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab import archive
-from lab.arches import Arch
+from lab.arches import Arch, find_arch
 from lab.errors import GuestError, LabError
 from lab.guest import Guest, booted
 from lab.initramfs import pack
@@ -48,8 +48,6 @@ DISK_MODULES = (
     *("virtio_blk", "crc16", "crc32c_generic", "crc32c-intel", "libcrc32c"),
     *("mbcache", "jbd2", "ext4"),
 )
-
-_BUSYBOX_SUITE = "trixie"
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def wheel(into: Path) -> Path:
 
 
 def _busybox(arch: Arch) -> bytes:
-    package = archive.Index(_BUSYBOX_SUITE, arch.debian).find("busybox-static")
+    package = archive.Index(SUITE, arch.debian).find("busybox-static")
     folder = cache("live") / f"busybox-{arch.name}-{package.version.replace(':', '_')}"
     if not folder.exists():
         with made_whole(folder) as unfinished:
@@ -187,7 +185,7 @@ def look_inside(
         data = folder / "data"
         data.mkdir()
         wheel(data)
-        shutil.copy(HERE / "inside" / "look.py", data / "inside.py")
+        shutil.copy(HERE / "inside" / "look.py", data)
         (data / "questions.json").write_text(json.dumps(questions))
         disk = folder / "data.img"
         _ext4(disk, data, 256 << 20)
@@ -206,14 +204,85 @@ def look_inside(
 
         with booted(make, "@@live:", timeout=timeout) as guest:
             said = guest.wait_for("@@live-done", timeout=timeout)
-        problem = re.search(r"@@live-failed: (.*)", said)
-        if problem:
-            tail = "\n".join(said.splitlines()[-20:])
-            raise GuestError(f"{problem[1]}; the console's end:\n{tail}")
-        results = folder / "results"
-        results.mkdir()
-        read_back(disk, "/results", results)
-        return _answers(results / "results")
+        _check_console(said)
+        read_back(disk, "/results", folder)
+        return _answers(folder / "results")
+
+
+def crash(
+    suite: str,
+    kernel: Kernel,
+    dumps: Mapping[str, Sequence[str]],
+    into: Path,
+    *,
+    memory: int = 1024,
+    timeout: float = 1800,
+) -> dict[str, Any]:
+    """
+    Boot a kernel of Debian's, crash it, and have the kernel that takes over save its memory.
+
+    :param dumps: names of files, and makedumpfile's options for each
+    :param into: a folder for the dumps, and for what makedumpfile said of each (.log)
+    :return: what the kernel said of itself right before (truth.json of lab/inside/crash.py)
+    :raises LabError: if the guest does not get to its end
+    """
+    system = system_image(kernel)
+    with tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
+        folder = Path(tmp)
+        data = folder / "data"
+        data.mkdir()
+        for name in ("look.py", "crash.py", "capture.py"):
+            shutil.copy(HERE / "inside" / name, data)
+        initrd = initramfs(suite, kernel, data / "initramfs")
+        shutil.copy(kernel.image, data / "image")
+        (data / "questions.json").write_text(json.dumps(dumps))
+        disk = folder / "data.img"
+        _ext4(disk, data, 4 << 30)
+
+        def make() -> Guest:
+            return Guest(
+                kernel.arch,
+                kernel.image,
+                initrd,
+                memory=memory,
+                smp="2",
+                append="crashkernel=320M lab_script=crash",
+                extra=[*drive(system, "system", read_only=True), *drive(disk, "data")],
+            )
+
+        with booted(make, "@@live: crash", timeout=timeout) as guest:
+            said = guest.wait_for("@@live-done", timeout=timeout, panics=True)
+        _check_console(said)
+        read_back(disk, "/results", folder)
+        for path in (folder / "results").iterdir():
+            shutil.move(path, into / path.name)
+    truth: dict[str, Any] = json.loads((into / "truth.json").read_text())
+    return truth
+
+
+def _check_console(said: str) -> None:
+    problem = re.search(r"@@live-failed: (.*)", said)
+    if problem:
+        tail = "\n".join(said.splitlines()[-20:])
+        raise GuestError(f"{problem[1]}; the console's end:\n{tail}")
+
+
+def makedumpfile(arguments: Sequence[str | Path]) -> bytes:
+    """
+    Run the guests' makedumpfile (an x86_64 one) on this machine.
+
+    :return: its standard output
+    :raises LabError: if it fails
+    """
+    tree = system_tree(find_arch("x86_64"))
+    libraries = tree / "usr/lib/x86_64-linux-gnu"
+    program = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries]
+    command = [*program, tree / "usr/bin/makedumpfile", *arguments]
+    done = subprocess.run([str(word) for word in command], capture_output=True)
+    if done.returncode:
+        tail = (done.stdout[-500:] + done.stderr[-500:]).decode(errors="replace")
+        raise LabError(f"makedumpfile ended with status {done.returncode}: {tail}")
+    return done.stdout
 
 
 def read_back(image: Path, what: str, into: Path) -> None:
@@ -224,7 +293,7 @@ def read_back(image: Path, what: str, into: Path) -> None:
     """
     command = [tool("debugfs", "e2fsprogs"), "-R", f"rdump {what} {into}", str(image)]
     subprocess.run(command, capture_output=True, check=True)
-    if not any(into.iterdir()):
+    if not (into / Path(what).name).is_dir():
         raise LabError(f"{image.name} has no {what}")
 
 

@@ -27,8 +27,12 @@ DATA = Path("/data")
 RESULTS = DATA / "results"
 
 
-def resting(name: str, pages: int, step: int) -> dict[str, object]:
-    """Make a process that has touched pages, so many bytes apart, and then sleeps."""
+def resting(name: str, pages: int, step: int, *, empty: bool = False) -> dict[str, object]:
+    """
+    Make a process that has touched pages, so many bytes apart, and then sleeps.
+
+    :param empty: give the pages back, but not the tables
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -38,6 +42,8 @@ def resting(name: str, pages: int, step: int) -> dict[str, object]:
             area.madvise(mmap.MADV_NOHUGEPAGE)
         for page in range(pages):
             area[page * step] = 1
+        if empty:
+            area.madvise(mmap.MADV_DONTNEED)
         start = ctypes.addressof(ctypes.c_char.from_buffer(area))
         os.write(writing, struct.pack("=Q", start))
         while True:
@@ -133,4 +139,5 @@ def main() -> None:
     os.sync()
 
 
-main()
+if __name__ == "__main__":
+    main()

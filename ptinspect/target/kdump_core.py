@@ -47,10 +47,9 @@ def open_kdump(
     if dump.excluded_vmemmap:
         notes += ("makedumpfile -e left out parts of the memory map",)
     if dump.dump_level > 1:
-        # A page table that was all zero is left out too, and cannot be told from other pages.
+        # Pages of zeroes are no loss: they share one page of the dump, and read as what they were.
         notes += (
-            f"filtered dump (makedumpfile -d {dump.dump_level}): "
-            "what was left out, empty page tables among it, cannot be read",
+            f"filtered dump (makedumpfile -d {dump.dump_level}): what was left out cannot be read",
         )
     if dump.flattened:
         notes += ("flattened kdump",)

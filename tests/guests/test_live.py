@@ -24,7 +24,7 @@ pytestmark = pytest.mark.guest
 
 KERNELS = (
     Stock("trixie", "x86_64", "6.12"),
-    Stock("bookworm", "s390x", "6.1"),
+    Stock("bookworm-backports", "s390x", "6.12"),
 )
 
 #: In one session of drgn's shell, by way of its plugin.
@@ -74,9 +74,8 @@ def process(live: LiveAnswers, name: str) -> dict[str, Any]:
 def test_summary_against_vmstat(live: LiveAnswers) -> None:
     """A counter that moves while it is read: the program that reads has page tables itself."""
     asked = live.document["answers"][0]
-    assert asked["status"] == 0, live.outputs[0][1]
     answer = json.loads(live.outputs[0][0])
-    assert answer["complete"]
+    assert (asked["status"], answer["missing"]) == (0, [])
     assert answer["target"] == "/proc/kcore"
     tables = answer["tables"]
     typed = tables["accounting"]["typed_pages_as_counted"]
