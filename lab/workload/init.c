@@ -11,7 +11,7 @@
  *	lab_hugepages=N	huge pages for hugetlb (4)
  *	lab_load=1	after the report, keep forking, mapping and exiting for ever
  *	lab_contend=N	after the report, N threads want the lock of one table for ever
- *	lab_scatter=1	between two sparse tables a page of memory is taken, so that no two adjoin
+ *	lab_scatter=1	the sparse tables lie apart from each other, in another order than their addresses
  *	lab_quiet=1	no report: for measurements with very many tables
  *	lab_idle=1	only load modules, mount, and say @@ready
  */

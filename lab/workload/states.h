@@ -123,26 +123,34 @@ static void poke(char *at)
 static unsigned long sparse_tables = 48;
 static bool sparse_scattered;
 
-/* One table of PTEs a touch, each with the zero page in one entry. */
+/*
+ * One table of PTEs a touch, each with the zero page in one entry. Scattered: the tables of a second
+ * region are made in between and given back, so that free pages lie between those that stay; and the
+ * order of the addresses is not that of the tables.
+ */
 static void state_sparse(void)
 {
-	size_t size = sparse_tables * TABLE_SPAN, i;
+	size_t size = sparse_tables * TABLE_SPAN, i, step = sparse_scattered ? 7919 : 1;
 	char *at = map_aligned(size, TABLE_SPAN, PROT_READ, ANON | MAP_NORESERVE);
 	char *between = NULL;
 
 	if (sparse_scattered)
-		between = map_aligned(sparse_tables * page_size, TABLE_SPAN, PROT_READ | PROT_WRITE,
-				      ANON | MAP_NORESERVE);
+		between = map_aligned(size, TABLE_SPAN, PROT_READ, ANON | MAP_NORESERVE);
 	if (!at || (sparse_scattered && !between))
 		return skip("sparse: mmap failed");
 	madvise(at, size, MADV_NOHUGEPAGE);
 	if (between)
-		madvise(between, sparse_tables * page_size, MADV_NOHUGEPAGE);
+		madvise(between, size, MADV_NOHUGEPAGE);
 	for (i = 0; i < sparse_tables; i++) {
-		peek(at + i * TABLE_SPAN + (i % 16) * page_size);
+		/* The step is a prime: unless the number is a multiple of it, no table is left out. */
+		size_t n = i * step % sparse_tables;
+
+		peek(at + n * TABLE_SPAN + (n % 16) * page_size);
 		if (between)
-			poke(between + i * page_size);
+			peek(between + n * TABLE_SPAN);
 	}
+	if (between)
+		munmap(between, size);
 	made("sparse %p %lu tables, one zero page each", at, sparse_tables);
 }
 
