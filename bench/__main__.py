@@ -5,7 +5,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,45 +20,56 @@ import click
 from tabulate import tabulate
 
 from bench.generated import generated_command
-from bench.watch import watched
+from bench.probe import Round
+from bench.watch import in_own_process
 from lab.crash import ask_crash
+from lab.dump import move_program_headers
 from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, build_kernel, debian_kernel
 
-#: Each measurement beside the limit that it is a share of.
-SCAN = (("raw memmap", "raw memmap"), ("scan", "raw memmap"), ("naive scan", "raw memmap"))
+#: What is measured; see bench/probe.py.
+SCAN = ("raw memmap", "scan", "naive scan")
 TABLES = (
-    ("raw tables", "raw tables"),
-    ("walk", "raw tables"),
-    ("walk, no leaf tables", "raw tables"),
-    ("follow_phys", "raw tables"),
-    ("raw census", "raw census"),
-    ("census", "raw census"),
-    ("check", "raw census"),
-    ("ps", "raw census"),
+    "raw tables",
+    "walk",
+    "walk, no leaf tables",
+    "follow_phys",
+    "raw census",
+    "census",
+    "check",
+    "ps",
 )
 
 
 class Result(NamedTuple):
-    """One measurement of one target."""
+    """One measurement of one target; medians over the rounds."""
 
     number: int
-    #: Median over the rounds.
     seconds: float
+    cpu_seconds: float
+    #: Its rate as a share of its limit's, both by the time that the process was running.
+    share: float
     #: Largest anonymous memory of the process, opening the target included.
     peak_anonymous_bytes: int
-
-    @property
-    def rate(self) -> float:
-        """Things a second."""
-        return self.number / self.seconds
 
 
 def measure(what: str, target: dict[str, str]) -> Result:
     """Run one probe."""
-    data, peak = watched("bench.probe", what, json.dumps(target))
-    return Result(data["count"], statistics.median(data["seconds"]), peak)
+    answer = in_own_process("bench.probe", what, json.dumps(target))
+    rounds = [Round(*each) for each in answer["rounds"]]
+    limits = [Round(*each) for each in answer["limits"]]
+    shares = [
+        (done.number / done.cpu_seconds) / (limit.number / limit.cpu_seconds)
+        for done, limit in zip(rounds, limits)
+    ]
+    return Result(
+        number=rounds[0].number,
+        seconds=statistics.median(done.seconds for done in rounds),
+        cpu_seconds=statistics.median(done.cpu_seconds for done in rounds),
+        share=statistics.median(shares),
+        peak_anonymous_bytes=answer["peak"],
+    )
 
 
 def _kernel(name: str) -> Kernel:
@@ -84,24 +98,41 @@ def _resting_guest(
             core = dumps / form
             guest.dump(core, form)
             ways.append((name, {"core": str(core), "symbols": symbols}))
+        filtered = _makedumpfile(dumps / "elf", dumps / "makedumpfile")
+        if filtered is not None:
+            ways.append(("makedumpfile", {"core": str(filtered), "symbols": symbols}))
         yield ways
 
 
+def _makedumpfile(elf: Path, core: Path) -> Path | None:
+    """Filter and compress a dump as distributions do, unless the program is missing or cannot."""
+    program = shutil.which("makedumpfile")
+    if program is None:
+        return None
+    move_program_headers(elf)
+    done = subprocess.run(
+        [program, "-l", "-d", "31", elf, core], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        click.echo(f"makedumpfile failed: {done.stdout.decode(errors='replace')}", err=True)
+        return None
+    return core
+
+
 def _rows(
-    ways: Sequence[tuple[str, dict[str, str]]], plan: Sequence[tuple[str, str]]
+    ways: Sequence[tuple[str, dict[str, str]]], plan: Sequence[str]
 ) -> Iterator[Sequence[str]]:
     for name, target in ways:
-        results: dict[str, Result] = {}
-        for what, limit in plan:
-            result = results[what] = measure(what, target)
-            share = result.rate / results[limit].rate
+        for what in plan:
+            result = measure(what, target)
             yield (
                 name,
                 what,
                 f"{result.number:,}",
                 f"{result.seconds * 1000:,.1f}",
-                f"{result.rate / 1000:,.0f}",
-                f"{share:.2f}",
+                f"{result.cpu_seconds * 1000:,.1f}",
+                f"{result.cpu_seconds / result.number * 1e9:,.0f}",
+                f"{result.share:.2f}",
                 f"{result.peak_anonymous_bytes / 1e6:.0f}",
             )
 
@@ -115,10 +146,10 @@ def _crash_rows(core: Path, kernel: Kernel) -> Iterator[Sequence[str]]:
         start = time.perf_counter()
         ask_crash(core, kernel.vmlinux, commands)
         seconds = time.perf_counter() - start
-        yield "ELF dump", name, "1", f"{seconds * 1000:,.1f}", "", "", ""
+        yield "ELF dump", name, "1", f"{seconds * 1000:,.1f}", "", "", "", ""
 
 
-_HEADERS = ("target", "what", "count", "ms", "thousand/s", "of raw", "peak anon MB")
+_HEADERS = ("target", "what", "count", "ms", "CPU ms", "CPU ns each", "of raw", "peak anon MB")
 
 _KERNEL_OPTION = click.option(
     "--kernel",
@@ -152,7 +183,7 @@ def scan_command(memory: int, kernel_name: str) -> None:
 @_MEMORY_OPTION
 @_KERNEL_OPTION
 @click.option("--tables", default=200_000, show_default=True, help="Tables to make.")
-@click.option("--scattered", is_flag=True, help="Other pages lie between the tables.")
+@click.option("--scattered", is_flag=True, help="Hardly any two of the tables adjoin.")
 def tables_command(memory: int, kernel_name: str, tables: int, scattered: bool) -> None:
     """Scan, walk, census and ps of a guest with very many tables."""
     append = f"lab_quiet=1 lab_sparse={tables}" + (" lab_scatter=1" if scattered else "")
@@ -161,9 +192,7 @@ def tables_command(memory: int, kernel_name: str, tables: int, scattered: bool) 
     _bench(kernel_name, memory, append, (*SCAN, *TABLES), title)
 
 
-def _bench(
-    kernel_name: str, memory: int, append: str, plan: Sequence[tuple[str, str]], title: str
-) -> None:
+def _bench(kernel_name: str, memory: int, append: str, plan: Sequence[str], title: str) -> None:
     kernel = _kernel(kernel_name)
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
@@ -172,8 +201,9 @@ def _bench(
         rows = list(_rows(ways, plan))
         if kernel.arch.name == "x86_64":
             rows.extend(_crash_rows(Path(folder) / "elf", kernel))
-    click.echo(f"{title}; median of the rounds\n")
-    click.echo(tabulate(rows, headers=_HEADERS, colalign=("left", "left", *["right"] * 5)))
+    load = " ".join(f"{each:.1f}" for each in os.getloadavg())
+    click.echo(f"{title}; medians of the rounds; load average at the end {load}\n")
+    click.echo(tabulate(rows, headers=_HEADERS, colalign=("left", "left", *["right"] * 6)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 from drgn import Architecture, FaultError, Platform, Program
 from tabulate import tabulate
 
-from bench.watch import watched
+from bench.watch import in_own_process, watching_memory
 from ptinspect.kernel.paging import Root
 from ptinspect.kernel.paging.x86_64 import make_paging
 from ptinspect.tables.physical import PhysicalRanges
@@ -139,9 +139,10 @@ def generated_command() -> None:
         ("scan", [1 << 24, 1 << 26, 1 << 28]),
         ("walk", [250_000, 1_000_000, 4_000_000]),
     ):
-        _, idle = watched("bench.generated", what, "1")
+        idle = in_own_process("bench.generated", what, "1")["peak"]
         for count in counts:
-            answer, peak = watched("bench.generated", what, str(count))
+            answer = in_own_process("bench.generated", what, str(count))
+            peak = answer["peak"]
             rows.append(
                 (
                     what,
@@ -159,8 +160,9 @@ def generated_command() -> None:
 def main() -> None:
     """Measure once."""
     what, count = sys.argv[1], int(sys.argv[2])
-    done, seconds = (scan_generated if what == "scan" else walk_generated)(count)
-    print(json.dumps({"count": done, "seconds": seconds}))
+    with watching_memory() as peak:
+        done, seconds = (scan_generated if what == "scan" else walk_generated)(count)
+    print(json.dumps({"count": done, "seconds": seconds, "peak": peak.bytes}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 """
 One measurement in a process of its own, so that its memory is its own too.
 
-Run as ``python -m bench.probe WHAT OPTIONS-AS-JSON``; prints one JSON object.
+What it is a share of is measured in the same process, in turn with it, so that whatever else the
+machine does meets both. Run as ``python -m bench.probe WHAT OPTIONS-AS-JSON``; prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from drgn import FaultError, Object, Program, sizeof
 from drgn.helpers.linux.mm import follow_phys, for_each_page
 
+from bench.watch import watching_memory
 from ptinspect.census import distinct_tables, take_census
 from ptinspect.checks import run_checks
 from ptinspect.kernel.descriptor import page_is_pgtable
@@ -189,23 +192,55 @@ def naive_walk(prog: Program) -> Work:
     return work
 
 
-MEASUREMENTS: dict[str, tuple[Callable[[Program], Work], int]] = {
-    "raw memmap": (raw_memmap, 5),
-    "scan": (scan, 5),
-    "naive scan": (naive_scan, 1),
-    "raw tables": (raw_tables, 5),
-    "walk": (walk, 5),
-    "walk, no leaf tables": (walk_upper, 5),
-    "follow_phys": (naive_walk, 1),
-    "raw census": (raw_census, 3),
-    "census": (census, 3),
-    "check": (check, 3),
-    "ps": (ps, 3),
+class Measurement(NamedTuple):
+    """How something is measured."""
+
+    #: Makes ready what is not to be timed.
+    prepare: Callable[[Program], Work]
+    #: Name of the measurement that it is a share of, if it is not such a limit itself.
+    limit: str | None = None
+    #: What takes long is done once.
+    once: bool = False
+
+
+MEASUREMENTS = {
+    "raw memmap": Measurement(raw_memmap),
+    "scan": Measurement(scan, "raw memmap"),
+    "naive scan": Measurement(naive_scan, "raw memmap", once=True),
+    "raw tables": Measurement(raw_tables),
+    "walk": Measurement(walk, "raw tables"),
+    "walk, no leaf tables": Measurement(walk_upper, "raw tables"),
+    "follow_phys": Measurement(naive_walk, "raw tables", once=True),
+    "raw census": Measurement(raw_census),
+    "census": Measurement(census, "raw census"),
+    "check": Measurement(check, "raw census"),
+    "ps": Measurement(ps, "raw census"),
 }
+
+#: Rounds: as many as fit the seconds, but at least and at most so many.
+_SECONDS = 10
+_ROUNDS = (3, 15)
+
+
+class Round(NamedTuple):
+    """One round of a measurement."""
+
+    number: int
+    seconds: float
+    #: Time that this process was running, in the kernel or not. Nothing measured waits for a disk,
+    #: so without other work on the machine it is the same.
+    cpu_seconds: float
+
+
+def timed(work: Work) -> Round:
+    """Do something once."""
+    start, start_cpu = time.perf_counter(), time.process_time()
+    number = work()
+    return Round(number, time.perf_counter() - start, time.process_time() - start_cpu)
 
 
 def main() -> None:
-    """Measure and report: how many things, and the seconds of every round."""
+    """Measure and report: the rounds, those of the limit in turn with them, and the memory."""
     what, text = sys.argv[1:]
     given: dict[str, Any] = json.loads(text)
     options = TargetOptions(
@@ -213,16 +248,23 @@ def main() -> None:
         qemu=given.get("qemu"),
         symbols=(Path(given["symbols"]),),
     )
-    prepare, rounds = MEASUREMENTS[what]
-    seconds = []
+    measurement = MEASUREMENTS[what]
     with open_target(options) as target:
-        work = prepare(target.prog)
-        work()
-        for _ in range(rounds):
-            start = time.perf_counter()
-            count = work()
-            seconds.append(time.perf_counter() - start)
-    print(json.dumps({"count": count, "seconds": seconds}))
+        with watching_memory() as peak:
+            work = measurement.prepare(target.prog)
+            work()
+        limit = None
+        if measurement.limit is not None:
+            limit = MEASUREMENTS[measurement.limit].prepare(target.prog)
+            limit()
+        rounds: list[Round] = []
+        limits: list[Round] = []
+        end = time.perf_counter() + _SECONDS
+        least, most = (1, 1) if measurement.once else _ROUNDS
+        while len(rounds) < least or (len(rounds) < most and time.perf_counter() < end):
+            rounds.append(timed(work))
+            limits.append(rounds[-1] if limit is None else timed(limit))
+    print(json.dumps({"rounds": rounds, "limits": limits, "peak": peak.bytes}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import numpy as np
 
 from lab.errors import LabError
 
+#: sizeof(Elf64_Ehdr)
+_HEADER_BYTES = 64
 PT_LOAD = 1
 PT_NOTE = 4
 EM_PPC64 = 21
@@ -291,3 +293,27 @@ def nr_page_table_pages(program: drgn.Program) -> dict[str, int]:
         for cpu in for_each_online_cpu(program)
     )
     return {"global": total, "remainder": remainder, "exact": total + remainder}
+
+
+def move_program_headers(path: Path) -> None:
+    """
+    Put the program headers of an ELF dump right behind its header, and drop the section headers.
+
+    QEMU writes the section headers first, and makedumpfile then does not find the others.
+
+    :raises LabError: if it is no 64-bit ELF file
+    """
+    path.chmod(0o600)
+    with path.open("r+b") as stream:
+        header = bytearray(stream.read(_HEADER_BYTES))
+        if header[:5] != b"\x7fELF\x02":
+            raise LabError(f"{path} is not a 64-bit ELF file")
+        order = "<" if header[5] == 1 else ">"
+        (table,) = struct.unpack_from(order + "Q", header, 32)
+        entry_size, count = struct.unpack_from(order + "HH", header, 54)
+        stream.seek(table)
+        entries = stream.read(entry_size * count)
+        struct.pack_into(order + "QQ", header, 32, len(header), 0)
+        struct.pack_into(order + "HHH", header, 58, 0, 0, 0)
+        stream.seek(0)
+        stream.write(header + entries)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lab import shrink
-from lab.dump import ElfDump, Pages
+from lab.dump import ElfDump, Pages, move_program_headers
 from lab.errors import LabError
 
 PAGE = 4096
@@ -25,14 +25,17 @@ def note(name: bytes, text: bytes, order: str = "<") -> bytes:
     return head + padded + bytes(-len(padded) % 4) + text + bytes(-len(text) % 4)
 
 
-def write_dump(path, segments, notes=b"", order="<", machine=62):
+def write_dump(path, segments, notes=b"", order="<", machine=62, sections=0):
     """Write an ELF core: segments are (physical address, data, size in memory)."""
     count = len(segments) + 1
-    at = 64 + 56 * count
+    table = 64 + 64 * sections
+    at = table + 56 * count
     ident = b"\x7fELF\x02" + (b"\x01" if order == "<" else b"\x02") + b"\x01" + bytes(9)
     head = ident + struct.pack(
-        order + "HHIQQQIHHHHHH", 4, machine, 1, 0, 64, 0, 0, 64, 56, count, 0, 0, 0
+        order + "HHIQQQIHHHHHH",
+        *(4, machine, 1, 0, table, 64 if sections else 0, 0, 64, 56, count, 64, sections, 0),
     )
+    head += b"s" * (64 * sections)
     entry = order + "IIQQQQQQ"
     head += struct.pack(entry, 4, 0, at, 0, 0, len(notes), len(notes), 0)
     body = notes
@@ -42,6 +45,25 @@ def write_dump(path, segments, notes=b"", order="<", machine=62):
         body += data
     path.write_bytes(head + body)
     return ElfDump(path)
+
+
+@pytest.mark.parametrize(("order", "machine"), [("<", 62), (">", 22)])
+def test_program_headers_move_before_what_were_sections(tmp_path, order, machine):
+    """What QEMU writes becomes what makedumpfile reads; nothing else in the dump changes."""
+    path = tmp_path / "d"
+    segments = [(0x3000, b"c" * PAGE, 2 * PAGE), (0, b"a" * PAGE, PAGE)]
+    notes = note(b"VMCOREINFO", INFO, order)
+    before = write_dump(path, segments, notes, order, machine, sections=2)
+    pages = before.segments
+    path.chmod(0o400)
+    move_program_headers(path)
+    after = ElfDump(path)
+    assert after.segments == pages
+    assert after.notes == before.notes == notes
+    assert after.read(0, PAGE) == b"a" * PAGE
+    header = path.read_bytes()[:64]
+    assert struct.unpack_from(order + "QQ", header, 32) == (64, 0)
+    assert struct.unpack_from(order + "HHH", header, 58) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("order", "machine"), [("<", 62), (">", 22)])
