@@ -14,7 +14,7 @@ from drgn import FaultError, Object, Program
 from drgn.helpers.linux.mm import follow_phys, page_to_pfn, virt_to_pfn
 from opened import Sample
 
-from ptinspect.census import Census, Holder, join
+from ptinspect.census import Census, Holder, join, take_census
 from ptinspect.kernel.descriptor import pfn_to_ptdesc, ptdesc_member
 from ptinspect.kernel.paging import EntryClass, Paging, Permission, paging_of
 from ptinspect.tables.lookup import Outcome, page_owners, walk_address
@@ -100,6 +100,17 @@ def deposits(prog: Program, paging: Paging, tables: Tables, rows: np.ndarray) ->
             if node == first + node_at:
                 break
     return found
+
+
+def test_census_finds_in_one_pass_what_is_found_alone(sample: Sample) -> None:
+    """A census reads the memory map once, for the typed pages and for the slabs of mms."""
+    alone = walked(sample).spaces
+    census = take_census(sample.prog, leaf_counts=False)
+    own = [space for space in census.spaces.spaces if space.kind is not SpaceKind.GMAP]
+    assert own == list(alone.spaces)
+    assert census.spaces.notes == alone.notes
+    assert any(Found.SLAB in space.found for space in own)
+    assert census.scan.pfns.tolist() == sample.scan.pfns.tolist()
 
 
 def test_everything_is_found_and_read(sample: Sample) -> None:
