@@ -41,7 +41,7 @@ def build_workload(arch: Arch) -> Path:
     return program
 
 
-def _entry(name: str, mode: int, data: bytes, number: int, device: tuple[int, int]) -> bytes:
+def entry(name: str, mode: int, data: bytes, number: int, device: tuple[int, int]) -> bytes:
     """Get one archive member: header, name and data, each padded to 4 bytes."""
     fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
     head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
@@ -67,7 +67,7 @@ def pack(files: dict[str, bytes], programs: Sequence[str] = ()) -> bytes:
         members.append((name, stat.S_IFREG | mode, data, (0, 0)))
     members.append(("TRAILER!!!", 0, b"", (0, 0)))
     packed = b"".join(
-        _entry(name, mode, data, number, device)
+        entry(name, mode, data, number, device)
         for number, (name, mode, data, device) in enumerate(members, 1)
     )
     return packed + bytes(-len(packed) % 512)

@@ -306,7 +306,7 @@ class _View:
             return
         totals = read_totals(message)
         if self._jsonl:
-            click.echo(json.dumps(reading_data(totals)))
+            click.echo(json.dumps(reading_data(totals, self._top)))
             return
         heading, *rows = live_lines(totals, self._before, self._top)
         self._before = totals

@@ -316,8 +316,8 @@ def live_lines(totals: Totals, before: Totals | None, top: int) -> Iterator[tupl
         yield (str(process.pid), process.comm, *rates, live)
 
 
-def reading_data(totals: Totals) -> dict[str, Any]:
-    """Write a reading for JSON lines."""
+def reading_data(totals: Totals, top: int) -> dict[str, Any]:
+    """Write a reading for JSON lines; of processes those that made and freed most."""
     return {
         "kind": "reading",
         "nsecs": totals.nsecs,
@@ -336,6 +336,16 @@ def reading_data(totals: Totals) -> dict[str, Any]:
             }
             for way in totals.ways
         },
+        "processes": [
+            {
+                "pid": process.pid,
+                "comm": process.comm,
+                "made": dict(zip(LEVELS, process.made)),
+                "live": process.live_by_level and dict(zip(LEVELS, process.live_by_level)),
+                "freed": dict(zip(WAYS[1:], process.freed[1:])),
+            }
+            for process in totals.processes[:top]
+        ],
     }
 
 

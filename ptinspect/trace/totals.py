@@ -51,10 +51,23 @@ class ProcessTotal:
     comm: str
     #: By level, in the order of :data:`LEVELS`.
     made: tuple[int, ...]
-    #: Of those it made, how many are still tables; ``None`` if tables were not followed.
-    live: int | None
+    #: Of those it made, how many are tables no more; ``None`` if tables were not followed.
+    gone: tuple[int, ...] | None
     #: Tables that it unlinked and that were released, by way in the order of :data:`WAYS`.
     freed: tuple[int, ...]
+
+    @property
+    def live_by_level(self) -> tuple[int, ...] | None:
+        """Of those it made, how many are tables still."""
+        if self.gone is None:
+            return None
+        return tuple(made - gone for made, gone in zip(self.made, self.gone))
+
+    @property
+    def live(self) -> int | None:
+        """The same, of all levels."""
+        live = self.live_by_level
+        return None if live is None else sum(live)
 
 
 @dataclass(frozen=True)
@@ -312,7 +325,7 @@ def quantile(histogram: Iterable[tuple[int, int, int]], percent: int) -> int | N
 @dataclass
 class _Process:
     made: list[int] = field(default_factory=lambda: [0] * len(LEVELS))
-    gone: int = 0
+    gone: list[int] = field(default_factory=lambda: [0] * len(LEVELS))
     freed: list[int] = field(default_factory=lambda: [0] * len(WAYS))
 
 
@@ -322,8 +335,8 @@ def _processes(reading: Reading, followed: bool) -> tuple[ProcessTotal, ...]:
         pid, comm, level = _process_key(key, 1)
         found[pid, comm].made[level] += int(count)
     for key, count in reading.keyed("gone_of").items():
-        pid, comm, _ = _process_key(key, 1)
-        found[pid, comm].gone += int(count)
+        pid, comm, level = _process_key(key, 1)
+        found[pid, comm].gone[level] += int(count)
     for key, count in reading.keyed("freed_by").items():
         pid, comm, way = _process_key(key, 2)
         found[pid, comm].freed[way] += int(count)
@@ -332,7 +345,7 @@ def _processes(reading: Reading, followed: bool) -> tuple[ProcessTotal, ...]:
             pid,
             comm,
             tuple(process.made),
-            sum(process.made) - process.gone if followed else None,
+            tuple(process.gone) if followed else None,
             tuple(process.freed),
         )
         for (pid, comm), process in sorted(
