@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -12,19 +13,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 
 import click
+from drgn import Object
 from tabulate import tabulate
 
+from ptinspect.census import take_census
 from ptinspect.cli.output import emit
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.errors import ExitStatus, UsageError
 from ptinspect.faces.data import write_json
 from ptinspect.faces.escape import escape
 from ptinspect.faces.trace import event_data, live_lines, reading_data, trace_report
+from ptinspect.kernel.descriptor import page_is_pgtable
+from ptinspect.target import open_target
+from ptinspect.trace.explain import explain_tables
 from ptinspect.trace.hooks import choose_hooks
 from ptinspect.trace.offers import offers_from_json, read_offers
 from ptinspect.trace.program import check_machine, find_bpftrace
@@ -68,6 +73,11 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     metavar="AGE",
     help="List tables made during the trace that are older than this at its end.",
 )
+@click.option(
+    "--census",
+    is_flag=True,
+    help="Explain the orphans of a census that is taken at the end (needs --leaks and DWARF).",
+)
 @click.option("--counts-only", is_flag=True, help="Count only: cheapest, without ways and waits.")
 @click.option("--events", is_flag=True, help="Tell each table made and freed (needs jsonl).")
 @click.option(
@@ -109,6 +119,7 @@ def command(
     until_exit: int | None,
     stacks: bool,
     leaks: float | None,
+    census: bool,
     counts_only: bool,
     events: bool,
     top: int,
@@ -134,6 +145,8 @@ def command(
         raise click.UsageError("--events needs --format jsonl")
     if counts_only and (leaks is not None or events):
         raise click.UsageError("--counts-only follows no table: no --leaks, no --events")
+    if census and leaks is None:
+        raise click.UsageError("--census needs --leaks AGE: what is younger is just made")
     if offers is not None and not print_script:
         raise click.UsageError("--offers needs --print-script")
     if offers is None:
@@ -165,16 +178,20 @@ def command(
     ended = None if until_exit is None else _ProcessEnd(until_exit)
     end = _End(duration, ended)
     view = _View(output_format, top)
-    with (
-        _signals() as stop,
-        Tracer(
-            program,
-            script,
-            unseen=hooks.missing,
-            filtered=pid is not None or comm is not None or cgroup is not None,
-            stop=stop,
-        ) as tracer,
-    ):
+    explained = None
+    with contextlib.ExitStack() as opened:
+        # Opened first: a kernel without debug information is told before anything is traced.
+        target = opened.enter_context(open_target(chosen_target())) if census else None
+        stop = opened.enter_context(_signals())
+        tracer = opened.enter_context(
+            Tracer(
+                program,
+                script,
+                unseen=hooks.missing,
+                filtered=pid is not None or comm is not None or cgroup is not None,
+                stop=stop,
+            )
+        )
         view.say("attaching hooks ...")
         try:
             tracer.open_gate()
@@ -185,12 +202,22 @@ def command(
         for message in tracer.messages(end):
             view.show(message, tracer)
         view.say("ending ...")
+        taken = None if target is None else take_census(target.prog)
         result = tracer.finish()
+        if target is not None and taken is not None and leaks is not None:
+            prog = target.prog
+            explained = explain_tables(
+                taken,
+                result.totals,
+                int(leaks * 1e9),
+                lambda page: page_is_pgtable(Object(prog, "struct page *", value=page)),
+            )
     report = trace_report(
         result,
         f"Linux {offered.release}",
         top=top,
         leak_age_ns=None if leaks is None else int(leaks * 1e9),
+        explained=explained,
     )
     if output_format != "jsonl":
         return emit(report, output_format)
@@ -334,7 +361,7 @@ def _known(value: int | None) -> str:
     return "?" if value is None else str(value)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set, instead of what they did before."""
     stop = threading.Event()

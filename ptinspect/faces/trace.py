@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ptinspect.faces.report import Column, Kind, Report, Table
+from ptinspect.trace.explain import ExplainedTable
 from ptinspect.trace.hooks import LEVELS, WAYS
 from ptinspect.trace.reader import TableEvent
 from ptinspect.trace.totals import LiveTable, Totals, TraceResult
@@ -21,14 +22,14 @@ def trace_report(
     *,
     top: int,
     leak_age_ns: int | None,
-    explained: Table | None = None,
+    explained: Sequence[ExplainedTable] | None = None,
 ) -> Report:
     """
     Lay out a trace.
 
     :param top: rows of each table by process, stack or page
     :param leak_age_ns: tables that are older than this are listed; ``None`` if not asked for
-    :param explained: what the census says of the tables that are left
+    :param explained: the census's orphans, if one was taken
     """
     totals = result.totals
     return Report(
@@ -46,7 +47,7 @@ def _tables(
     target: str,
     top: int,
     leak_age_ns: int | None,
-    explained: Table | None,
+    explained: Sequence[ExplainedTable] | None,
 ) -> Iterator[Table]:
     yield Table(
         "levels",
@@ -136,7 +137,7 @@ def _tables(
     if leak_age_ns is not None:
         yield _left(totals, top, leak_age_ns)
     if explained is not None:
-        yield explained
+        yield _explained(explained, top)
     yield _footer(result, totals)
 
 
@@ -199,6 +200,39 @@ def _left(totals: Totals, top: int, age_ns: int) -> Table:
         ],
         f"Made during the trace, older than {age_ns / 1e9:g} s and still tables "
         f"(the first {top} of {len(old)})",
+    )
+
+
+def _explained(explained: Sequence[ExplainedTable], top: int) -> Table:
+    return Table(
+        "explained",
+        (
+            Column("page", Kind.HEX),
+            Column("explanation"),
+            Column("level"),
+            Column("age ms", Kind.COUNT),
+            Column("by"),
+            Column("holder"),
+            Column("space"),
+            Column("va", Kind.HEX),
+            Column("stack"),
+        ),
+        [
+            (
+                row.page,
+                row.explanation.value,
+                row.level,
+                None if row.age_ns is None else row.age_ns // 1_000_000,
+                row.maker,
+                row.holder,
+                row.space,
+                row.va,
+                " < ".join(frame.split("+")[0] for frame in row.frames) or None,
+            )
+            for row in explained[:top]
+        ],
+        "Tables that nothing holds in the census, or that outlived their mm "
+        f"(the first {top} of {len(explained)})",
     )
 
 

@@ -47,7 +47,7 @@ def said_by(kernel: list[str], folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = json.loads("".join(parts))
     keep = os.environ.get("PTINSPECT_TRACE_KEEP")
     if keep:
-        Path(keep).write_text(json.dumps(said, indent=1))
+        Path(keep, f"{'-'.join(kernel)}.json").write_text(json.dumps(said, indent=1))
     return said
 
 
@@ -55,7 +55,7 @@ def said_by(kernel: list[str], folder: Path) -> dict[str, Any]:
 def test_load(kernel: list[str], tmp_path: Path) -> None:
     said = said_by(kernel, tmp_path)
     assert "summary" in said, said["errors"]
-    summary = said["summary"]
+    summary = said["summary"]["tables"]
     footer = summary["footer"]
     assert said["left"] == "", "bpftrace is left behind"
     # The kernel's own counter, to the page; or what was missed or dropped says why not.
