@@ -262,3 +262,17 @@ def _iter_fractions(
         data = batch.data.reshape(len(batch.data), -1, size)[rows, part[first:end]]
         readable = None if batch.readable is None else batch.readable[rows]
         yield BlockBatch(first, data, readable)
+
+
+def among(few: AddressArray, many: AddressArray) -> set[int]:
+    """
+    Get which of some numbers are among many others, which are not sorted for it.
+
+    :param few: uint64, shape (n,), in any order, repeats allowed.
+    :param many: uint64, shape (m,), likewise.
+    """
+    if not len(few):
+        return set()
+    wanted = np.unique(few)
+    place = np.minimum(np.searchsorted(wanted, many), len(wanted) - 1)
+    return set(many[wanted[place] == many].tolist())

@@ -33,7 +33,7 @@ from ptinspect.kernel.descriptor import (
 from ptinspect.kernel.direct_map import direct_map_offset
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.lists import ListBreak, walk_list_at
-from ptinspect.memory import AddressArray, read_blocks
+from ptinspect.memory import AddressArray, among, read_blocks
 from ptinspect.state.huge_leaves import HugePage, read_huge_leaves
 from ptinspect.state.pmd_tables import PmdTables
 from ptinspect.state.told import Told
@@ -287,10 +287,7 @@ def _without_crossings(rings: list[DepositRing], tables: Tables) -> Iterator[Dep
     every = np.array([table for ring in rings for table in ring.tables], np.uint64)
     distinct, counts = np.unique(every, return_counts=True)
     twice = set(distinct[counts > 1].tolist())
-    # There are few deposits and many tables: np.isin() would sort the tables.
-    lowest = tables.address[tables.level == 0]
-    place = np.minimum(np.searchsorted(distinct, lowest), max(0, len(distinct) - 1))
-    linked = set(lowest[distinct[place] == lowest].tolist()) if len(distinct) else set()
+    linked = among(distinct, tables.address[tables.level == 0])
     for ring in rings:
         crossed = [table for table in ring.tables if table in twice]
         in_tree = [table for table in ring.tables if table in linked]

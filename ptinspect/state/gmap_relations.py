@@ -21,7 +21,7 @@ from drgn.helpers.linux.mm import pfn_to_page
 from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.kernel.paging import EntryClass, Root
-from ptinspect.memory import AddressArray, read_blocks
+from ptinspect.memory import AddressArray, among, read_blocks
 from ptinspect.state.gmap import (
     Disagreement,
     Gmap,
@@ -566,7 +566,8 @@ class _Comparison:
     def _caches(self) -> Iterator[Disagreement]:
         """A table that is kept ready is in no tree and in one cache."""
         seen: set[int] = set()
-        reached = set((self.tables.address // np.uint64(self.page)).tolist())
+        kept = np.array([cached.pfn for cached in self.gmaps.caches], np.uint64)
+        reached = among(kept, self.tables.address // np.uint64(self.page))
         for cached in self.gmaps.caches:
             problem = None
             if cached.pfn in seen:
