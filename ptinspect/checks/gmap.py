@@ -6,11 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
+
 from ptinspect.checks.context import Context
 from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant, not_verified
 from ptinspect.state.gmap import Gmap, Relation
 from ptinspect.tables.spaces import SpaceKind
+
+#: What a disagreement without a gmap can be about: a list of an mm, a cache.
+_OF_NO_GMAP = frozenset({Relation.LIST, Relation.OWNER, Relation.CACHE})
 
 
 def _gmaps(context: Context, *, kvm_owned: bool | None) -> list[Gmap]:
@@ -48,7 +54,7 @@ def _disagreements(
         if wrong.relation not in relations:
             continue
         gmap = by_address.get(wrong.gmap)
-        if gmap is None and wrong.relation not in (Relation.LIST, Relation.OWNER):
+        if gmap is None and wrong.relation not in _OF_NO_GMAP:
             continue
         if not context.whole or story.missing:
             # What cannot be seen looks like what is not there.
@@ -113,21 +119,34 @@ def gmap_crst_index(context: Context, tally: Tally) -> Iterator[Finding]:
 @invariant(
     "gmap-mirrors-host",
     severity=Severity.CORRUPTION,
-    applies="guest address spaces of s390 before 7.0 that are no shadows",
-    source="__gmap_link() (arch/s390/mm/gmap.c) copies the host's segment entry",
-    false_positives="the host unmaps the segment just now",
-    breaks="a page table freed in the host while the guest still had it",
+    applies="guest address spaces of s390 that are no shadows",
+    source="__gmap_link() (arch/s390/mm/gmap.c) copies the host's segment entry; since 7.0 the "
+    "guest has pages of its own tables, which MMU notifiers take away (arch/s390/kvm/gmap)",
+    false_positives="the host unmaps the memory just now",
+    breaks="a page or a page table freed in the host while the guest still had it",
 )
 def gmap_mirrors_host(context: Context, tally: Tally) -> Iterator[Finding]:
     """
-    A segment of the guest has the very page table that the host has there.
+    The guest has the memory that the host has there: the very page tables, or since 7.0 the pages.
 
     Otherwise the guest goes on using pages that the host took away.
     """
-    gmaps = [gmap for gmap in _gmaps(context, kvm_owned=False) if not gmap.shadow]
+    gmaps = [gmap for gmap in _gmaps(context, kvm_owned=None) if not gmap.shadow]
     for gmap in gmaps:
-        tally.examine(len(gmap.host_to_guest.entries))
-    yield from _disagreements(context, tally, gmaps, frozenset({Relation.HOST_TABLE}))
+        rows = _rows(context, gmap)
+        tally.examine(np.count_nonzero(context.tables.level[rows] == 0))
+    relations = frozenset({Relation.HOST_TABLE, Relation.HOST_PAGE})
+    yield from _disagreements(context, tally, gmaps, relations)
+    owned = [gmap for gmap in gmaps if gmap.kvm_owned]
+    yield from _disagreements(context, tally, owned, frozenset({Relation.SLOT}))
+
+
+def _rows(context: Context, gmap: Gmap) -> npt.NDArray[np.intp]:
+    """Get the rows of a guest's tables."""
+    for number, space in enumerate(context.tables.spaces):
+        if space.gmap == gmap.address:
+            return context.tables.rows_of_space(number)
+    return np.empty(0, np.intp)
 
 
 @invariant(
@@ -146,9 +165,17 @@ def gmap_tables(context: Context, tally: Tally) -> Iterator[Finding]:
     The kernel's own counters do not know them, so nothing else would notice.
     """
     gmaps = _gmaps(context, kvm_owned=None)
-    tally.examine(len(gmaps) + len(context.census.stories.gmaps.gmaps.caches))
-    relations = frozenset({Relation.DESCRIPTOR, Relation.LIST, Relation.OWNER, Relation.CACHE})
-    yield from _disagreements(context, tally, gmaps, relations)
+    tally.examine(len(context.census.stories.gmaps.gmaps.caches))
+    for gmap in gmaps:
+        tally.examine(len(_rows(context, gmap)))
+    relations = {
+        *(Relation.DESCRIPTOR, Relation.LIST, Relation.OWNER),
+        *(Relation.CACHE, Relation.SINGLE, Relation.UCONTROL),
+    }
+    yield from _disagreements(context, tally, gmaps, frozenset(relations))
+    # On older kernels gmap-crst-index has these.
+    owned = [gmap for gmap in gmaps if gmap.kvm_owned]
+    yield from _disagreements(context, tally, owned, frozenset({Relation.ASCE, Relation.SHADOWED}))
 
 
 not_verified(

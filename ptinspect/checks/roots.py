@@ -20,18 +20,11 @@ from ptinspect.memory import read_blocks
 from ptinspect.tables.entries import raw_entries
 from ptinspect.tables.spaces import SpaceKind
 
-_S390_ORIGIN = (1 << 64) - 1 & ~0xFFF
-_S390_TYPE, _S390_LENGTH = 0x0C, 0x03
-#: asce_limit to the designation type of the ASCE (arch/s390/include/asm/mmu_context.h): a
-#: region-third table translates 4 TiB, a region-second table 8 PiB, a region-first table the rest.
-_S390_TYPES = {1 << 42: 0x04, 1 << 53: 0x08}
-_S390_REGION_FIRST = 0x0C
-
 
 @invariant(
     "s390-asce-root",
     severity=Severity.CORRUPTION,
-    applies="every mm; s390",
+    applies="every mm and every CPU; s390",
     source="init_new_context() (arch/s390/include/asm/mmu_context.h), crst_table_upgrade() "
     "(arch/s390/mm/pgalloc.c)",
     false_positives="crst_table_upgrade() in progress (page_table_lock held)",
@@ -39,29 +32,36 @@ _S390_REGION_FIRST = 0x0C
 )
 def s390_asce_root(context: Context, tally: Tally) -> Iterator[Finding]:
     """
-    The ASCE of an mm names its pgd, with the type that its address limit asks for.
+    The ASCE of an mm names its pgd, with the type that its address limit asks for; CPUs have it.
 
     CPUs go by the ASCE, the kernel by mm->pgd: if they differ, it changes the wrong table.
     """
-    if context.arch != "s390x":
-        raise NotApplicableError("only s390 has an ASCE beside mm->pgd")
-    for number in np.flatnonzero(context.user_space).tolist():
-        mm = context.mm(number)
-        assert mm is not None
-        asce = int(mm.context.asce.value_())
-        pgd = int(mm.pgd.value_())
-        limit = int(mm.context.asce_limit.value_())
-        physical = context.paging.virtual_to_physical(context.prog, pgd)
-        expected = physical | _S390_TYPES.get(limit, _S390_REGION_FIRST) | _S390_LENGTH
+    story = context.census.stories.asces
+    if story.absent is not None:
+        raise NotApplicableError(story.absent)
+    for what in story.missing:
+        tally.miss(what)
+    spaces = {
+        space.name: number
+        for number, space in enumerate(context.tables.spaces)
+        if space.kind in (SpaceKind.USER, SpaceKind.KERNEL)
+    }
+    for asce in story.asces:
         tally.examine(1)
-        if asce & (_S390_ORIGIN | _S390_TYPE | _S390_LENGTH) == expected:
+        if not asce.problems:
+            continue
+        message = f"the ASCE of {asce.name}: {'; '.join(asce.problems)}"
+        number = spaces.get(asce.name) if asce.kind == "mm" else None
+        if number is None:
+            evidence = (("asce", asce.value), ("kept_for", asce.kind))
+            yield Finding("cpu", asce.value, message, evidence, asce.name, "summary")
             continue
         busy = context.busy(number)
         if busy:
             tally.leave(busy)
             continue
         yield context.mm_finding(
-            number, "the ASCE is not that of mm->pgd", asce=asce, pgd=pgd, asce_limit=limit
+            number, message, asce=asce.value, pgd=asce.pgd or 0, asce_limit=asce.limit or 0
         )
 
 

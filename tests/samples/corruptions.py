@@ -596,7 +596,10 @@ def change_the_guest_address_of_a_table(d: Damage) -> int:
 
 @breaks("gmap-mirrors-host")
 def give_the_guest_another_table(d: Damage) -> int:
-    gmap = _guest(d)
+    try:
+        gmap = _guest(d)
+    except NotHereError:
+        return _give_the_guest_another_page(d)
     for guest, host in gmap.guest_to_host.entries.items():
         entry = gmap.host_to_guest.entries.get(host >> 20)
         if entry is None:
@@ -608,8 +611,33 @@ def give_the_guest_another_table(d: Damage) -> int:
     raise NotHereError("no segment is mapped")
 
 
+def _give_the_guest_another_page(d: Damage) -> int:
+    """Where the guest has page tables of its own (7.0)."""
+    for gmap in d.census.stories.gmaps.gmaps.gmaps:
+        if gmap.kvm_owned and not gmap.shadow and not gmap.parent:
+            for row in _guest_rows(d, gmap, 0):
+                # Its entries lack the bits that tell leaves in tables of processes.
+                valid = (d.contents(row).values & np.uint64(0x400)) == 0
+                for slot in np.flatnonzero(valid).tolist():
+                    address = d.slot_address(row, slot)
+                    d.write_entry(address, d.entry(address) ^ 1 << 12)
+                    return d.slot_va(row, slot)
+    raise NotHereError("no guest address space, or no page of one")
+
+
+def _guest_rows(d: Damage, gmap: Gmap, level: int) -> list[int]:
+    for number, space in enumerate(d.tables.spaces):
+        if space.gmap == gmap.address:
+            rows = d.tables.rows_of_space(number)
+            return [int(row) for row in rows[d.tables.level[rows] == level]]
+    return []
+
+
 @breaks("gmap-tables")
 def take_a_reference_to_a_table_of_a_guest(d: Damage) -> int:
-    table = _guest(d).crst_list[0]
-    d.write_page_member(table.pfn, "__page_refcount", 2)
-    return table.pfn * d.paging.page_bytes
+    for gmap in d.census.stories.gmaps.gmaps.gmaps:
+        for row in _guest_rows(d, gmap, 1):
+            address = int(d.tables.address[row])
+            d.write_page_member(address // d.paging.page_bytes, "__page_refcount", 2)
+            return address
+    raise NotHereError("no guest address space")
