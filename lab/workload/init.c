@@ -276,7 +276,7 @@ static void keep_contending(unsigned long threads)
 	madvise(at, TABLE_SPAN, MADV_NOHUGEPAGE);
 	for (i = 0; i < TABLE_SPAN; i += page_size)
 		peek(at + i);
-	printf("@@contended %p\n", at);
+	printf("@@contended %p\n@@begun\n", at);
 	for (i = 1; i < threads; i++)
 		pthread_create(&thread, NULL, contend, at);
 	contend(at);

@@ -313,9 +313,9 @@ def read_locks(prog: Program, tables: Tables, scan: MemmapScan) -> Locks:
     missing: list[str] = []
     try:
         shape: LockType | None = lock_type(prog)
-    except LookupError as error:
+    except (LookupError, FaultError) as error:
         shape = None
-        missing.append(f"spinlock_t is of a shape that is not known: {error}")
+        missing.append(f"what a spinlock_t is cannot be told: {error}")
     split = split_locks(prog)
     home = lock_home(prog)
     level, space, kernel = _places(tables, scan)

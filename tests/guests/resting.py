@@ -50,9 +50,12 @@ class Stock(NamedTuple):
     memory: int = 1024
     #: Words for the kernel's command line.
     append: str = ""
+    #: What Debian appends to the release, where it is not the plain kernel.
+    flavour: str | None = None
 
     def __str__(self) -> str:
-        return "-".join((self.architecture, self.series, *self.append.split()))
+        kernel = self.flavour or self.architecture
+        return "-".join((kernel, self.series, *self.append.split()))
 
 
 class Busy(NamedTuple):
@@ -90,7 +93,7 @@ def busy_guest(
             *(kernel.arch, kernel.image, initrd),
             memory=stock.memory,
             smp=str(cpus),
-            append=append,
+            append=f"{stock.append} {append}".strip(),
             extra=extra,
         )
 
@@ -115,7 +118,7 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
 def _prepared(stock: Stock) -> tuple[Kernel, Path]:
     """Get a kernel and the workload for it, or skip the test with the reason."""
     try:
-        kernel = debian_kernel(stock.suite, stock.architecture, stock.series)
+        kernel = debian_kernel(stock.suite, stock.architecture, stock.series, stock.flavour)
         return kernel, workload_initramfs(kernel.arch, kernel.modules)
     except (MissingToolError, ArchiveUnreachableError) as error:
         pytest.skip(str(error))

@@ -9,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
+from drgn import Object
+from drgn.helpers.linux.rbtree import rbtree_inorder_for_each
 from resting import Stock, busy_guest
 
 from ptinspect.census import Census, take_census
-from ptinspect.state.locks import Holding, Locks
+from ptinspect.state.locks import Holding, LockHome, Locks
 from ptinspect.tables.lookup import walk_address
 from ptinspect.target import open_target
 
@@ -27,6 +29,7 @@ KERNELS = {
     "queued lock": (Stock("trixie", "x86_64", "6.12"), ("-cpu", "max,-hypervisor")),
     "powerpc queued lock": (Stock("bookworm-backports", "ppc64le", "6.12"), ()),
     "ticket lock": (Stock("forky", "riscv64", "7.2"), ()),
+    "rt_mutex": (Stock("trixie", "x86_64", "6.12", flavour="rt-amd64"), ()),
 }
 
 
@@ -35,7 +38,7 @@ def test_a_contended_lock(kind: str) -> None:
     stock, extra = KERNELS[kind]
     seen: list[Holding] = []
     append = f"lab_quiet=1 lab_contend={CPUS}"
-    with busy_guest(stock, append, cpus=CPUS, extra=extra, text="@@contended") as running:
+    with busy_guest(stock, append, cpus=CPUS, extra=extra, text="@@begun") as running:
         (said,) = re.findall(r"@@contended (0x[0-9a-f]+)\n", running.guest.console())
         address = int(said, 16)
         with open_target(running.watched) as target:
@@ -50,18 +53,31 @@ def test_a_contended_lock(kind: str) -> None:
                     running.guest.cont()
                 if holding is not None:
                     seen.append(holding)
-                if sum(holding.waiting > 1 for holding in seen) >= WANTED:
+                if enough(kind, seen):
                     break
-    assert sum(holding.waiting > 1 for holding in seen) >= WANTED
-    if kind != "ticket lock":
-        assert any(len(holding.waiting_cpus) > 1 for holding in seen)
+    assert enough(kind, seen), seen
+
+
+def enough(kind: str, seen: list[Holding]) -> bool:
+    """Whether the lock was seen often enough, with all that its kind can tell."""
+    if sum(holding.waiting > 1 for holding in seen) < WANTED:
+        return False
+    if kind == "rt_mutex":
+        return any(held.certainty == "owner" and len(held.waiting_tasks) > 1 for held in seen)
+    if kind == "powerpc queued lock":
+        return any(held.certainty == "owner" and len(held.waiting_cpus) > 1 for held in seen)
+    return kind == "ticket lock" or any(len(held.waiting_cpus) > 1 for held in seen)
 
 
 def the_lock(census: Census, locks: Locks, address: int, kind: str) -> Holding | None:
     """Check what is told of the lock that the threads want, if anybody has or wants it now."""
     assert locks.type is not None
-    assert locks.type.format is not None
-    assert locks.type.format.name == kind
+    if kind == "rt_mutex":
+        assert locks.type.sleeps
+        assert locks.home is LockHome.ALLOCATED
+    else:
+        assert locks.type.format is not None
+        assert locks.type.format.name == kind
     assert not locks.problem.any()
     running = locks.running
     (space,) = (
@@ -95,6 +111,14 @@ def the_lock(census: Census, locks: Locks, address: int, kind: str) -> Holding |
         if word & 1:
             assert holding.certainty == "owner"
             assert holding.holders[0].cpu == word >> 1 & 0x3FFF
+    elif kind == "rt_mutex":
+        lock = Object(locks.prog, "spinlock_t", address=int(locks.address[row])).lock
+        owner = lock.owner.value_() & ~1
+        assert [task.task for task in holding.holders] == ([owner] if owner else [])
+        assert holding.waiting == len(holding.waiting_tasks)
+        nodes = rbtree_inorder_for_each(lock.waiters.rb_root)
+        assert sum(1 for _ in nodes) == holding.waiting
+        assert all(task.startswith("contend/") for task in holding.waiting_tasks)
     else:
         assert holding.waiting == ((word >> 16) - word & 0xFFFF) - 1
     return holding
