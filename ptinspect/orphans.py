@@ -63,9 +63,11 @@ class Orphans:
     orphans: tuple[Orphan, ...]
     #: How many there are.
     total: int
-    #: CPUs that are taking tables out of a tree or freeing them, in words: each may have one in a
-    #: register that nothing in memory names.
+    #: CPUs that are seen to take tables out of a tree or to free them, in words: each may have one
+    #: in a register that nothing in memory names.
     at_work: tuple[str, ...]
+    #: CPUs that run a task, in words: it may be about to link a table, or have just taken one out.
+    running: tuple[str, ...]
     #: What could not be seen, in sentences.
     missing: tuple[str, ...]
 
@@ -74,13 +76,18 @@ def describe_orphans(prog: Program, census: Census) -> Orphans:
     """Find out what can be known of the pages that nothing accounts for."""
     indices = census.unexplained()
     if not len(indices):
-        return Orphans((), 0, (), ())
+        return Orphans((), 0, (), (), ())
     stacks = kernel_stacks(prog, at_rest=True)
     chosen = indices[:MOST_DESCRIBED].tolist()
     return Orphans(
         tuple(_describe(prog, census, index, stacks.stacks) for index in chosen),
         len(indices),
         tuple(dict.fromkeys(_at_work(census))),
+        tuple(
+            f"CPU {stack.cpu} runs {stack.owner}"
+            for stack in stacks.stacks
+            if stack.cpu is not None and not stack.of_no_task
+        ),
         stacks.missing,
     )
 

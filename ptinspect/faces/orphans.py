@@ -54,11 +54,12 @@ def orphans_notes(orphans: Orphans) -> Iterator[str]:
     unnamed = sum(not orphan.on_stacks for orphan in orphans.orphans)
     if not unnamed:
         return
-    if orphans.at_work:
-        work = "; ".join(orphans.at_work)
+    busy = orphans.at_work or orphans.running
+    if busy:
+        work = "; ".join(busy)
         yield (
-            f"{unnamed} of them are named on no stack. {work}: "
-            "a table on its way may be named by a register alone."
+            f"{unnamed} of them are named on no stack. {work}: a table on its way may be named by "
+            "a register alone. What is still there later is leaked."
         )
     else:
-        yield f"{unnamed} of them are named on no stack, and no CPU frees tables: leaked, it seems."
+        yield f"{unnamed} of them are named on no stack, and no CPU runs a task: leaked, it seems."

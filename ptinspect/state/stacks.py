@@ -52,6 +52,8 @@ class KernelStack:
     address: int
     #: uint64, by address upwards.
     words: AddressArray
+    #: Whether it is that of a CPU's idle task, or of interrupts: no task works on it.
+    of_no_task: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,19 @@ def kernel_stacks(prog: Program, *, at_rest: bool = False) -> KernelStacks:
         try:
             task = cpu_curr(prog, cpu)
             running[task.value_()] = cpu
-            for what, base in (
-                (_task_name(task), task.stack.value_()),
-                *((f"CPU {cpu}'s interrupt stack", base) for base in _irq_stacks(prog, cpu, size)),
+            idle = not task.pid
+            for what, base, of_no_task in (
+                (_task_name(task), task.stack.value_(), idle),
+                *(
+                    (f"CPU {cpu}'s interrupt stack", base, True)
+                    for base in _irq_stacks(prog, cpu, size)
+                ),
             ):
                 words = _read_words(prog, base, size)
                 if words is None:
                     missing.append(f"the stack that CPU {cpu} runs on cannot be read ({what})")
                 else:
-                    found.append(KernelStack(what, cpu, base & ~7, words))
+                    found.append(KernelStack(what, cpu, base & ~7, words, of_no_task))
         except (FaultError, LookupError) as error:
             missing.append(f"what CPU {cpu} runs cannot be read: {error}")
     try:

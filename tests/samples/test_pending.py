@@ -24,6 +24,7 @@ from overlay import Overlay
 from test_commands import answer, run
 
 from ptinspect.census import Census, Holder, take_census
+from ptinspect.faces.orphans import orphans_notes
 from ptinspect.faces.pending import pending_report
 from ptinspect.faces.report import Report
 from ptinspect.kernel.direct_map import physical_to_virtual
@@ -72,10 +73,15 @@ def callbacks(prog: Program) -> list[tuple[int, Object]]:
     """Each callback on a CPU's list, as drgn objects follow it."""
     found = []
     for cpu, cblist in segments(prog):
-        head = cblist.head.read_()
-        while head:
-            found.append((cpu, head))
-            head = head.next.read_()
+        data = container_of(cblist.address_of_(), "struct rcu_data", "cblist")
+        heads = [cblist.head]
+        if data.type_.type.has_member("nocb_bypass"):
+            heads.append(data.nocb_bypass.head)
+        for first in heads:
+            head = first.read_()
+            while head:
+                found.append((cpu, head))
+                head = head.next.read_()
     return found
 
 
@@ -189,6 +195,11 @@ def test_every_typed_page_is_accounted_for(moving: Sample, census: Census) -> No
     (reason,) = known.at_work
     assert f"CPU {busy['cpu']} gathers tables" in reason
     assert f"/{busy['pid']})" in reason
+    (runs,) = known.running
+    assert f"CPU {busy['cpu']} runs " in runs
+    (note,) = orphans_notes(known)
+    assert reason in note
+    assert "What is still there later is leaked." in note
     assert all(not each.used for each in orphan.used_as)
     assert orphan.before.startswith("PTE of mm")
 
@@ -209,10 +220,13 @@ def test_show_says_what_a_table_waits_for(moving: Sample, pending: Pending) -> N
         assert words in text
 
 
-def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
-    """A table taken out of its tree, whose address lies on the stack of the first CPU's task."""
-    prog = sample.prog
-    before = take_census(prog, leaf_counts=False)
+def linked_alone(sample: Sample) -> tuple[Census, int, int, int]:
+    """
+    A page table with one parent and nothing else that holds its page.
+
+    :return: the census, the index of its descriptor, its entry's address, and an empty entry
+    """
+    before = take_census(sample.prog, leaf_counts=False)
     alone = (before.level == 0) & (before.reached_counts() == 1)
     alone &= ~np.isin(before.scan.pfns, before.stories.parted_pages.held_pfns)
     if not alone.any():
@@ -221,6 +235,27 @@ def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
     row = int(before.rows_of(index)[0])
     entry = int(before.tables.entry_address[row])
     none = 0x20 if sample.name.startswith("s390x") else 0
+    return before, index, entry, none
+
+
+def test_an_orphan_that_nothing_names(sample: Sample) -> None:
+    """Both CPUs of a sample at rest are idle: a table that is in no tree is leaked."""
+    prog = sample.prog
+    _, index, entry, none = linked_alone(sample)
+    with Overlay(prog).word_at(entry, none, physical=True):
+        known = describe_orphans(prog, take_census(prog, leaf_counts=False))
+    (orphan,) = (each for each in known.orphans if each.index == index)
+    if known.running:
+        pytest.skip(f"not quite at rest: {known.running}")
+    if not orphan.on_stacks:
+        assert "leaked, it seems" in " ".join(orphans_notes(known))
+    assert known.at_work == ()
+
+
+def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
+    """A table taken out of its tree, whose address lies on the stack of the first CPU's task."""
+    prog = sample.prog
+    before, index, entry, none = linked_alone(sample)
     task = cpu_curr(prog, 0)
     slot = task.stack.value_() + stack_bytes(prog) - 512
     overlay = Overlay(prog)
@@ -231,6 +266,7 @@ def test_an_orphan_that_a_stack_names(sample: Sample) -> None:
     (orphan,) = (each for each in known.orphans if each.index == index)
     name = f"{task.comm.string_().decode()}/{task.pid.value_()} on CPU 0: its descriptor"
     assert orphan.on_stacks == (name,)
+    assert list(orphans_notes(known)) == []
     assert Holder(int(census.holder[index])) is Holder.UNEXPLAINED
     levels = {each.level: each for each in orphan.used_as}
     assert levels["PTE"].entries >= levels["PTE"].used
