@@ -32,7 +32,7 @@ from ptinspect.kernel.descriptor import (
 )
 from ptinspect.kernel.direct_map import direct_map_offset
 from ptinspect.kernel.paging.model import object_or_none
-from ptinspect.lists import ListBreak, walk_list_at
+from ptinspect.lists import BreakReason, ListBreak, walk_list_at
 from ptinspect.memory import AddressArray, among, read_blocks
 from ptinspect.state.huge_leaves import HugePage, read_huge_leaves
 from ptinspect.state.pmd_tables import PmdTables
@@ -246,7 +246,7 @@ class _RingReader:
         """Get the physical addresses of the tables on a ring, and where it is wrong."""
         if not first:
             return (), None
-        nodes, broken = _ring_nodes(self._prog, first + (self._node_offset or 0), self._limit)
+        nodes, broken = _ring_nodes(self._prog, first, self._node_offset, self._limit)
         tables, good = self._tables(np.array(nodes, np.uint64))
         if not good.all():
             wrong = int(np.argmin(good))
@@ -273,13 +273,18 @@ class _RingReader:
         return tables, good
 
 
-def _ring_nodes(prog: Program, first: int, limit: int) -> tuple[list[int], ListBreak | None]:
-    walk = walk_list_at(prog, first, limit=limit)
-    unread = walk.broken is not None and walk.broken.node == walk.broken.next == first
-    if unread and not walk.nodes and walk.broken is not None and walk.broken.prev is None:
+def _ring_nodes(
+    prog: Program, first: int, node_offset: int | None, limit: int
+) -> tuple[list[int], ListBreak | None]:
+    """Get the list nodes on the ring that begins with a ``pgtable_t``, and where it breaks."""
+    # A ring has no head: its first node serves as one.
+    node = (first + (node_offset or 0)) % (1 << 64)
+    walk = walk_list_at(prog, node, limit=limit)
+    broken = walk.broken
+    if broken is not None and broken.reason is BreakReason.UNREADABLE and broken.next == node:
         # Not even the first node could be read.
-        return [], walk.broken
-    return [first, *walk.nodes], walk.broken
+        return [], broken
+    return [node, *walk.nodes], broken
 
 
 def _without_crossings(rings: list[DepositRing], tables: Tables) -> Iterator[DepositRing]:
@@ -336,7 +341,7 @@ def for_each_deposited_pgtable(pt: Object) -> Iterator[Object]:
         return
     offset = shape.node_offset or 0
     type_ = ptdesc_type(prog).member("pmd_huge_pte").type
-    nodes, broken = _ring_nodes(prog, first + offset, 1 << 16)
+    nodes, broken = _ring_nodes(prog, first, shape.node_offset, 1 << 16)
     for node in nodes:
         yield Object(prog, type_, node - offset)
     if broken is not None:

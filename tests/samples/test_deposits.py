@@ -200,7 +200,9 @@ def test_looped_with_its_links_back(sample: Sample, ring: DepositRing) -> None:
     assert BreakReason.BACK_LINK.value in found.line_with("INCOMPLETE")
 
 
-@pytest.mark.parametrize("garbage", [0x1234, 0xDEAD000000000122, 0xFFFFFFFFFFFFFF00, "init_task"])
+@pytest.mark.parametrize(
+    "garbage", [0x1234, 0xDEAD000000000122, 0xFFFFFFFFFFFFFF00, (1 << 64) - 1, "init_task"]
+)
 def test_garbage(sample: Sample, ring: DepositRing, garbage: int | str) -> None:
     """pmd_huge_pte points to nothing, to a poison, or at a list that is whole but of tasks."""
     if isinstance(garbage, str):
