@@ -69,6 +69,9 @@ def command(vm: str | None, gaddr: str | None, asce: bool, pgste: bool, output_f
         finally:
             progress.close()
         story = census.stories.gmaps
+        if target.racing and story.disagreements and not asce:
+            again = take_census(prog, leaf_counts=False).stories.gmaps
+            story = story.persisting(again)
         if asce:
             report = asces_report(census.stories.asces, heading)
         elif not story.gmaps.gmaps and not story.disagreements:

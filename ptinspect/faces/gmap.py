@@ -122,6 +122,7 @@ def gmaps_report(story: GmapStory, census: Census, target: str) -> Report:
         notes=(
             "guest_KiB: guest memory by memory slots or, without slots, by mapped segments. "
             "page_tables: those that the tree reaches, its own or the process's.",
+            *_vanished(story),
         ),
         missing=story.missing,
         findings=_findings(story, None),
@@ -227,6 +228,13 @@ def _caches(story: GmapStory) -> Iterator[Table]:
         )
 
 
+def _vanished(story: GmapStory) -> list[str]:
+    """Say what a running target no longer had at the second look."""
+    if not story.vanished:
+        return []
+    return [f"{story.vanished} disagreements were gone at a second look: the target is running."]
+
+
 def _findings(story: GmapStory, gmap: Gmap | None) -> list[str]:
     """Say what contradicts itself, of one gmap or of all."""
     return [
@@ -312,7 +320,7 @@ def tree_report(
         ),
         *_slots([gmap]),
     ]
-    notes = ["index: the guest address that the descriptor bears (pt_index)."]
+    notes = ["index: the guest address that the descriptor bears (pt_index).", *_vanished(story)]
     if pgstes is not None:
         parts.append(_pgste_table(pgstes))
         notes.append(_locked(pgstes))
@@ -462,7 +470,7 @@ def walk_report(
             single=True,
         ),
     ]
-    notes = ["index: the guest address that the descriptor bears (pt_index)."]
+    notes = ["index: the guest address that the descriptor bears (pt_index).", *_vanished(story)]
     if found.pgstes is not None:
         parts.append(_pgste_table(found.pgstes))
         notes.append(_locked(found.pgstes))

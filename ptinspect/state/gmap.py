@@ -27,7 +27,7 @@ from ptinspect.lists import ListWalk, walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.radix import RadixWalk, walk_radix
 from ptinspect.state.fields import architecture
-from ptinspect.state.kvm import Vm, kvm_module_lacks_types, read_vm, type_or_none
+from ptinspect.state.kvm import Vm, kvm_module_lacks_types, load_kvm_types, read_vm, type_or_none
 from ptinspect.tables.scan import memmap_ranges
 from ptinspect.tables.spaces import Found, Space, SpaceKind
 
@@ -213,6 +213,8 @@ def read_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
     paging = paging_of(prog)
     assert isinstance(paging, S390Paging)
     type_ = type_or_none(prog, "struct gmap")
+    if type_ is None and kvm_module_lacks_types(prog) and load_kvm_types(prog):
+        type_ = type_or_none(prog, "struct gmap")
     if type_ is None:
         if kvm_module_lacks_types(prog):
             what = "the module kvm is loaded, but its types are not: give its file with -s kvm.ko"

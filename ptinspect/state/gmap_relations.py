@@ -10,7 +10,7 @@ is read only for the tables that a guest made for a guest of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,6 +47,9 @@ _PAGE_ENTRIES = 256
 #: (GMAP_SHADOW_FAKE_TABLE, arch/s390/mm/gmap.c).
 FAKE_TABLE = 1
 
+#: How many disagreements are told.
+MOST_DISAGREEMENTS = 10_000
+
 _ASCE_REAL_SPACE = 0x20
 _ORIGIN = (1 << 64) - 1 & ~0xFFF
 _LARGE = 0x400
@@ -64,6 +67,14 @@ class GmapStory:
     #: Of each user-controlled virtual CPU, by address of its gmap: its segments (address >> 20),
     #: and the segment of its machine that each of them is.
     machine_segments: dict[int, dict[int, int]]
+    #: Disagreements that were gone when a running target was looked at again.
+    vanished: int = 0
+
+    def persisting(self, again: GmapStory) -> GmapStory:
+        """Keep the disagreements that a second look at a running target finds, too."""
+        still = set(again.disagreements)
+        kept = tuple(found for found in self.disagreements if found in still)
+        return replace(self, disagreements=kept, vanished=len(self.disagreements) - len(kept))
 
     def host_address(self, gmap: Gmap, guest: int) -> int | None:
         """Translate a guest address to one of the process; a shadow has none of its own."""
@@ -89,9 +100,18 @@ def read_gmap_story(prog: Program, tables: Tables) -> GmapStory:
     """
     gmaps = read_gmaps(prog, tables.spaces)
     comparison = _Comparison(prog, gmaps, tables)
-    found = (*gmaps.disagreements, *comparison.disagreements())
+    found = (*gmaps.disagreements, *_bounded(comparison.disagreements(), comparison.missing))
     missing = (*gmaps.missing, *comparison.missing)
     return GmapStory(gmaps, found, missing, comparison.machine_segments)
+
+
+def _bounded(disagreements: Iterator[Disagreement], missing: list[str]) -> Iterator[Disagreement]:
+    """Stop where a tree is so wrong that nobody would read it all."""
+    for number, found in enumerate(disagreements):
+        if number == MOST_DISAGREEMENTS:
+            missing.append(f"only the first {MOST_DISAGREEMENTS} disagreements are told")
+            return
+        yield found
 
 
 def tell_gmaps(story: GmapStory, tables: Tables, pfn: int) -> Iterator[Told]:
@@ -432,7 +452,8 @@ class _Comparison:
     def _pages(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> tuple[AddressArray, AddressArray]:
         """Get the guest address and the physical address of every page of a gmap's own tables."""
         tables, paging = self.tables, self.tables.paging
-        lowest = rows[tables.level[rows] == 0]
+        # What is reached twice is told of elsewhere; its pages are looked at once.
+        lowest = rows[(tables.level[rows] == 0) & (tables.state[rows] <= RowState.UNREADABLE)]
         blocks = read_blocks(self.prog, tables.address[lowest], paging.levels[0].table_bytes)
         for address in tables.address[lowest][~blocks.readable].tolist():
             self.missing.append(f"{gmap.name}: the page table at {address:#x} cannot be read")

@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from drgn import FaultError, Object, Program, Type, offsetof
+from drgn import (
+    FaultError,
+    MissingDebugInfoError,
+    Object,
+    Program,
+    RelocatableModule,
+    Type,
+    offsetof,
+)
 
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.lists import walk_list
@@ -77,6 +85,23 @@ def kvm_module_lacks_types(prog: Program) -> bool:
             continue
         if name == b"kvm":
             return True
+    return False
+
+
+def load_kvm_types(prog: Program) -> bool:
+    """
+    Have drgn look for kvm.ko's debug information where it looks for a module's.
+
+    :return: Whether it was found.
+    """
+    try:
+        for module, _ in prog.loaded_modules():
+            if isinstance(module, RelocatableModule) and module.name == "kvm":
+                prog.load_module_debug_info(module)
+                return True
+    except (FaultError, LookupError, ValueError, MissingDebugInfoError):
+        # Not found, or for another build; whoever asked says what is missing.
+        pass
     return False
 
 
