@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,18 @@ def _merge(known: dict[str, Any], row: dict[str, Any]) -> None:
     known["properties"].update(row["properties"])
 
 
+def guest_questions(prog: Any) -> list[list[str]]:
+    """Get what the command gmap is asked besides the list of all."""
+    from ptinspect.state.gmap import read_gmaps
+    from ptinspect.tables.spaces import find_spaces
+
+    guests = read_gmaps(prog, find_spaces(prog, slab=False).spaces).gmaps
+    questions = [["--asce"]]
+    for gmap in guests[:1]:
+        questions += [[gmap.name, "--pgste"], [gmap.name, "0", "--pgste"]]
+    return questions
+
+
 def main() -> None:
     """Ask, and write the file."""
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -132,12 +145,16 @@ def main() -> None:
         with open_target(TargetOptions(sample=sample)) as target:
             scans[sample] = Sample(sample, target.prog, {}, scan_memmap(target.prog), {})
 
-    def answer(name: str, sample: str) -> Any:
-        run(["--sample", sample, name, *answerable(name, scans[sample]), "--format", "json"])
-        return said[-1]
+    def answers(name: str, sample: str) -> Iterator[Any]:
+        questions = [answerable(name, scans[sample])]
+        if name == "gmap":
+            questions += guest_questions(scans[sample].prog)
+        for words in questions:
+            run(["--sample", sample, name, *words, "--format", "json"])
+            yield said[-1]
 
     commands = {
-        name: tables_of(name, [answer(name, sample) for sample in sample_names()])
+        name: tables_of(name, [each for sample in sample_names() for each in answers(name, sample)])
         for name in answering_commands()
     }
     SCHEMA.write_text(json.dumps(schema_of(commands), indent=1) + "\n")
