@@ -70,8 +70,13 @@ def test_load(kernel: list[str], tmp_path: Path) -> None:
     # the root may be a PUD table: it is not counted by 6.12, and not in VmPTE).
     kib = {"PTE": 2, "PMD": 16, "PUD": 16} if kernel[1] == "s390x" else dict.fromkeys(VM_PTE, 4)
     held = sum(kib[level] * row["live"][level] for row in said["held"] for level in kib)
-    assert footer["missed_calls"] != 0 or held == said["vm_pte_kib"]
     levels = {row["level"]: row for row in summary["levels"]}
+    uncounted = said["vm_pte_kib"] - held
+    if kernel[1] == "x86_64" and "PUD" not in levels:
+        # 6.1 does not count PUD tables, so the trace cannot: the process has a few, and no more.
+        assert 4 <= uncounted <= 6 * 4
+    elif footer["missed_calls"] == 0:
+        assert uncounted == 0
     assert levels["PTE"]["made"] >= int(kernel[3])
     rows = [row for row in summary["processes"] if row["pid"] == said["pid"]]
     assert sum(row["made PTE"] for row in rows) >= int(kernel[3])

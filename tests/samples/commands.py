@@ -11,8 +11,8 @@ from opened import Sample
 
 from ptinspect.cli.main import cli
 
-#: Commands that do not answer a question about a target.
-NO_ANSWER = frozenset({"shell"})
+#: Commands that do not answer a question about a target; trace only about the kernel it runs on.
+NO_ANSWER = frozenset({"shell", "trace"})
 
 
 def answering_commands() -> list[str]:
