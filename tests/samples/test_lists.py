@@ -28,6 +28,7 @@ from ptinspect.reach import reach_of
 from ptinspect.records import FieldState
 from ptinspect.state.lists import FREE_LIST, PGD_LIST, Lists, Role
 from ptinspect.state.owners import Owners, Verdict
+from ptinspect.state.pending import Way
 from ptinspect.tables.spaces import Space, SpaceKind
 
 
@@ -435,8 +436,14 @@ def test_kernel_tables_to_be_freed(sample: Sample) -> None:
         assert len(rows) == 1 + len(pages)
         assert [f"{page.value_():#x}" in row for page, row in zip(pages, rows[1:])] == [True] * 3
         assert "kernel_pgtable_work is queued" in found.text
+        pending = found.census.stories.pending
+        waiting = [free.address for free in pending.frees if free.way is Way.KERNEL_WORK]
+        assert waiting == [page.value_() for page in pages]
+        assert not pending.typed.any()
         with overlay.word_at(node(pages[1]), 0xDEAD000000000100):
             found = list_answer(sample)
         assert found.status == 4
         assert BreakReason.POISON.value in found.text
+        (sentence,) = found.census.stories.pending.missing
+        assert sentence.startswith("kernel_pgtable_work.list is broken")
     assert FREE_LIST not in list_answer(sample).text
