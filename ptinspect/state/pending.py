@@ -48,6 +48,9 @@ _PPC_INDEX_MASK = 0xF
 #: region table (page_table_free_rcu() in arch/s390/mm/pgalloc.c).
 _S390_HALF_MASK = 0x3
 
+#: kvfree_rcu() takes offsets of ``struct rcu_head`` below this (include/linux/rcupdate.h).
+_LARGEST_OFFSET = 4096
+
 #: Level of a table whose level is not told.
 NO_LEVEL = -1
 
@@ -325,7 +328,10 @@ class _Reader:
                     inside = "code"
                 except FaultError:
                     pass
-            if not name and inside != "code":
+            # Tiny RCU of older kernels: an offset within an object to be freed, not a function
+            # (kernel/rcu/tiny.c, rcu_reclaim_tiny()).
+            is_offset = 0 < address < _LARGEST_OFFSET
+            if not name and inside != "code" and not is_offset:
                 self.missing.append(
                     f"an RCU callback's function is {address:#x}, where no function begins{inside}"
                 )

@@ -28,6 +28,9 @@ from ptinspect.state.stacks import KernelStack
 #: More callbacks than any list has; a walk ends here.
 CALLBACK_LIMIT = 1 << 22
 
+#: How often a broken list is read: on a running target callbacks are freed while they are followed.
+_ATTEMPTS = 3
+
 #: Low bits of a grace-period number that tell its state (RCU_SEQ_CTR_SHIFT, kernel/rcu/rcu.h).
 _SEQUENCE_STATE_BITS = 2
 
@@ -116,13 +119,18 @@ def rcu_callbacks(prog: Program, stacks: Sequence[KernelStack] = ()) -> RcuCallb
     lists: list[CallbackList] = []
     unlisted: dict[int, int] = {}
     for cpu in for_each_possible_cpu(prog):
-        try:
-            data = per_cpu(prog["rcu_data"], cpu)
-            found = list(_of_cpu(reader, cpu, data, gp))
-            counted = int(_number(data.cblist.len))
-        except FaultError as error:
-            reader.missing.append(f"CPU {cpu}: its RCU callbacks cannot be read: {error}")
-            continue
+        before = len(reader.missing)
+        for _ in range(_ATTEMPTS):
+            del reader.missing[before:]
+            try:
+                data = per_cpu(prog["rcu_data"], cpu)
+                found = list(_of_cpu(reader, cpu, data, gp))
+                counted = int(_number(data.cblist.len))
+            except FaultError as error:
+                found, counted = [], 0
+                reader.missing.append(f"CPU {cpu}: its RCU callbacks cannot be read: {error}")
+            if len(reader.missing) == before:
+                break
         lists.extend(found)
         rest = counted - sum(len(each.heads) for each in found)
         if rest > 0:
