@@ -19,6 +19,7 @@ from lab.guest import Guest
 from lab.initramfs import build_workload, workload_initramfs
 from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel
 from lab.live import crash, look_inside
+from lab.matrix import KINDS, run_matrix, write_document
 from lab.run import say
 from lab.shrink import shrink, verify
 from lab.silence import silence
@@ -199,6 +200,22 @@ def crash_command(suite: str, arch: str, series: str, folder: Path, level: int) 
     crash(suite, kernel, {"vmcore": ["-l", "-d", str(level)]}, folder)
     click.echo(f"vmcore  {folder / 'vmcore'}")
     click.echo(f"vmlinux {kernel.vmlinux}")
+
+
+@commands.command()
+@click.argument("words", nargs=-1, metavar="[WORD]...")
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(list(KINDS)), help="Only these.")
+@click.option("--again", is_flag=True, help="Also what was tried before.")
+@click.option("--write-only", is_flag=True, help="Only write docs/matrix.md from what is known.")
+def matrix(words: tuple[str, ...], kinds: tuple[str, ...], again: bool, write_only: bool) -> None:
+    """
+    Try every kernel with every kind of target, and write docs/matrix.md.
+
+    Takes hours; can be interrupted, and goes on where it was. WORDs choose rows (`s390x 6.12`).
+    """
+    if not write_only:
+        run_matrix(words, kinds, again)
+    write_document()
 
 
 @commands.command("list")

@@ -261,7 +261,7 @@ def crash(
 
 
 def _check_console(said: str) -> None:
-    problem = re.search(r"@@live-failed: (.*)", said)
+    problem = re.search(r"@@live: failed: (.*)", said)
     if problem:
         tail = "\n".join(said.splitlines()[-20:])
         raise GuestError(f"{problem[1]}; the console's end:\n{tail}")

@@ -1,0 +1,271 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""
+Where ptinspect works: kernels by kinds of target, each cell tried and remembered.
+
+A cell is a pass if ``summary`` sees everything and agrees with NR_PAGETABLE to the page, ``check``
+finds nothing, and each process has the page tables that its kernel said it has. What was tried is
+kept in the cache, so that a run can be interrupted and taken up again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.errors import LabError
+from lab.guest import Guest, booted
+from lab.initramfs import workload_initramfs
+from lab.kernels import Kernel, build_kernel, debian_kernel
+from lab.live import LiveAnswers, crash, look_inside
+from lab.run import REPOSITORY, cache, say
+from lab.truth import parse_report
+
+DOCUMENT = REPOSITORY / "docs" / "matrix.md"
+
+#: Kinds of target, and what they are in the document.
+KINDS = {
+    "qmp": "guest, paused over QMP",
+    "elf": "QEMU's ELF dump",
+    "kdump": "QEMU's kdump-zlib dump",
+    "live": "/proc/kcore, as root in the guest",
+    "crash": "crashed, saved by kdump -d 31",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel, and how it is booted."""
+
+    name: str
+    arch: str
+    #: Of Debian's kernels: suite, series, flavour; of small ones only the recipe's name.
+    suite: str = ""
+    series: str = ""
+    flavour: str | None = None
+    recipe: str = ""
+    append: str = ""
+    kinds: tuple[str, ...] = ("qmp", "elf", "kdump")
+    memory: int = 1024
+
+    def kernel(self) -> Kernel:
+        """Get the kernel."""
+        if self.recipe:
+            return build_kernel(self.recipe)
+        return debian_kernel(self.suite, self.arch, self.series, self.flavour)
+
+
+_DUMPS = ("qmp", "elf", "kdump")
+
+ROWS = (
+    Row("Debian 6.1", "x86_64", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.12", "x86_64", "trixie", "6.12", kinds=tuple(KINDS)),
+    Row("Debian 6.12, pti=on", "x86_64", "trixie", "6.12", append="pti=on"),
+    Row("Debian 6.12, no5lvl", "x86_64", "trixie", "6.12", append="no5lvl"),
+    Row("Debian 6.12 rt", "x86_64", "trixie", "6.12", "rt-amd64"),
+    Row("Debian 7.2", "x86_64", "forky", "7.2", kinds=(*_DUMPS, "live")),
+    Row("small 7.3", "x86_64", recipe="x86_64-7.3", memory=256),
+    Row("Debian 6.1", "s390x", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.12", "s390x", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.2", "aarch64", "forky", "7.2", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.2, 16K pages", "aarch64", "forky", "7.2", "arm64-16k"),
+    Row("Debian 6.12", "ppc64le", "bookworm-backports", "6.12", kinds=("qmp", "elf", "live")),
+    Row("Debian 6.12, 64K pages", "ppc64le", "trixie", "6.12", "powerpc64le-64k", kinds=_DUMPS[:2]),
+    Row("Debian 7.2", "riscv64", "forky", "7.2", kinds=("qmp", "elf")),
+)
+
+
+def _store(row: Row) -> Path:
+    return cache("matrix") / f"{row.arch}-{row.name.replace(' ', '_').replace(',', '')}.json"
+
+
+def known(row: Row) -> dict[str, str]:
+    """Get the cells of a row that were tried."""
+    path = _store(row)
+    cells: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return cells
+
+
+def _remember(row: Row, kind: str, result: str) -> None:
+    say(f"{row.arch} {row.name} {kind}: {result}")
+    _store(row).write_text(json.dumps({**known(row), kind: result}, indent=1))
+
+
+def run_matrix(wanted: Sequence[str] = (), kinds: Sequence[str] = (), again: bool = False) -> None:
+    """
+    Try the cells that were not tried yet, and write the document after each row.
+
+    :param wanted: only rows in whose architecture and name all of these words are
+    :param kinds: only these kinds
+    :param again: also what was tried before
+    """
+    for row in ROWS:
+        words = f"{row.arch} {row.name}"
+        if not all(word in words for word in wanted):
+            continue
+        left = [
+            kind
+            for kind in row.kinds
+            if (not kinds or kind in kinds) and (again or kind not in known(row))
+        ]
+        if left:
+            _run_row(row, left)
+            write_document()
+
+
+def _run_row(row: Row, kinds: Sequence[str]) -> None:
+    try:
+        kernel = row.kernel()
+    except LabError as error:
+        say(f"{row.arch} {row.name}: not run: {error}")
+        return
+    resting = [kind for kind in kinds if kind in _DUMPS]
+    if resting:
+        try:
+            for kind, result in _run_resting(row, kernel, resting):
+                _remember(row, kind, result)
+        except LabError as error:
+            for kind in resting:
+                if kind not in known(row):
+                    _remember(row, kind, f"the guest: {_first_line(error)}")
+    for kind, attempt in (("live", _run_live), ("crash", _run_crash)):
+        if kind in kinds:
+            try:
+                _remember(row, kind, attempt(row, kernel))
+            except LabError as error:
+                _remember(row, kind, f"the guest: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
+def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Boot with the workload, and look at the guest from outside."""
+    initrd = workload_initramfs(kernel.arch, kernel.modules)
+
+    def make() -> Guest:
+        options = {"memory": row.memory, "smp": "2", "append": row.append}
+        return Guest(kernel.arch, kernel.image, initrd, **options)  # type: ignore[arg-type]
+
+    with (
+        tempfile.TemporaryDirectory(dir=cache("matrix")) as folder,
+        booted(make, "@@ready", timeout=900) as guest,
+    ):
+        truth, _ = parse_report(guest.console())
+        told = {process["pid"]: process["vm_pte_kb"] for process in truth["processes"]}
+        for kind in kinds:
+            target = ["--qemu", str(guest.qmp_socket), "--pause"]
+            if kind != "qmp":
+                path = Path(folder) / kind
+                guest.stop()
+                try:
+                    guest.dump(path, "elf" if kind == "elf" else "kdump-zlib")
+                except LabError as error:
+                    yield kind, f"QEMU: {_first_line(error)}"
+                    continue
+                finally:
+                    guest.cont()
+                target = ["-c", str(path)]
+            yield kind, _judge([*target, "-s", str(kernel.vmlinux)], told)
+            if kind != "qmp":
+                path.unlink()
+
+
+def _run_crash(row: Row, kernel: Kernel) -> str:
+    with tempfile.TemporaryDirectory(dir=cache("matrix")) as folder:
+        truth = crash(row.suite, kernel, {"vmcore": ["-l", "-d", "31"]}, Path(folder))
+        told = {int(p): int(s["VmPTE"]) for p, s in truth["kernel"]["status"].items()}
+        core = Path(folder) / "vmcore"
+        return _judge(["-c", str(core), "-s", str(kernel.vmlinux)], told)
+
+
+def _run_live(row: Row, kernel: Kernel) -> str:
+    program = ("python3", "-m", "ptinspect")
+    form = ("--format", "json")
+    questions = [(*program, name, *form) for name in ("check", "ps")]
+    answers = look_inside(row.suite, kernel, questions, append=row.append)
+    return _live_verdict(answers)
+
+
+def _live_verdict(answers: LiveAnswers) -> str:
+    statuses = [told["status"] for told in answers.document["answers"]]
+    if statuses[0]:
+        return f"check: status {statuses[0]}"
+    told = answers.document["answers"][1]["after"]["status"]
+    rows = {row["pid"]: row for row in json.loads(answers.outputs[1][0])["tables"]["spaces"]}
+    for pid, status in told.items():
+        row = rows.get(int(pid))
+        if row is None or row["walked_KiB"] != int(status["VmPTE"]):
+            return f"process {pid} differs"
+    return "pass"
+
+
+def _judge(target: Sequence[str], told: dict[int, int]) -> str:
+    """Ask the questions; the first thing that is not right is the answer."""
+    answers = {}
+    for name in ("summary", "check", "ps"):
+        status, answer, error = _ask([*target, name])
+        if answer is None:
+            return f"{name}: {error or f'status {status}'}"
+        if answer["missing"]:
+            return f"{name}: {answer['missing'][0]}"
+        answers[name] = answer
+    if answers["summary"]["tables"]["accounting"]["difference"] != 0:
+        return "summary: NR_PAGETABLE differs"
+    findings = answers["check"]["tables"]["findings"]
+    if findings:
+        return f"check: {findings[0]['invariant']}"
+    rows = {row["pid"]: row["pgtables_KiB"] for row in answers["ps"]["tables"]["spaces"]}
+    for pid, size in told.items():
+        if rows.get(pid) != size:
+            return f"ps: process {pid} has {size} KiB, not {rows.get(pid)}"
+    return "pass"
+
+
+def _ask(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | None, str]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ptinspect", *arguments, "--format", "json"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
+    except subprocess.TimeoutExpired:
+        return -1, None, "not done in 20 minutes"
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        said = done.stderr.strip().splitlines()
+        return done.returncode, None, said[-1] if said else ""
+    return done.returncode, answer, ""
+
+
+def write_document() -> None:
+    """Write docs/matrix.md from what is known."""
+    lines = [
+        "# Where it works",
+        "",
+        "Written by `scripts/lab matrix`, which boots each kernel under QEMU (no KVM) and looks at",
+        "it as each kind of target. *pass*: `summary` sees everything and agrees with NR_PAGETABLE",
+        "to the page, `check` finds nothing, and each process has the page tables that its kernel",
+        "said it has. Anything else says what was not so. *not run* is just that; - is not tried,",
+        "since QEMU, the kernel or drgn has no such thing there.",
+        "",
+        *(f"- {kind}: {what}" for kind, what in KINDS.items()),
+        "",
+        "| architecture | kernel | " + " | ".join(KINDS) + " |",
+        "|---|---|" + "---|" * len(KINDS),
+    ]
+    for row in ROWS:
+        cells = known(row)
+        words = [cells.get(kind, "not run") if kind in row.kinds else "-" for kind in KINDS]
+        lines.append(f"| {row.arch} | {row.name} | " + " | ".join(words) + " |")
+    DOCUMENT.write_text("\n".join(lines) + "\n")
