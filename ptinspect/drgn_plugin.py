@@ -37,8 +37,9 @@ from ptinspect.faces.escape import escape
 
 PREFIX = "pt"
 
-#: Commands that make no sense inside of a shell.
-_ELSEWHERE = frozenset({"shell"})
+#: Commands that make no sense inside of a shell: trace looks at the kernel that runs on this
+#: machine, which need not be the shell's program.
+_ELSEWHERE = frozenset({"shell", "trace"})
 
 _CODE_PARAMETER = "drgn_code"
 

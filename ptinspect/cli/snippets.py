@@ -244,6 +244,24 @@ for match in layout.matches:
     )
 
 
+def _check(
+    code: DrgnCodeBuilder, *, only: tuple[str, ...], skip: tuple[str, ...], **_: Any
+) -> None:
+    code.add_from_import("ptinspect.checks", "run_checks")
+    arguments = "".join(
+        f", {name}={list(ids)!r}" for name, ids in (("only", only), ("skip", skip)) if ids
+    )
+    code.append(
+        f"""\
+results = run_checks(prog{arguments})
+for result in results.results:
+    print(result.invariant.id, result.verdict.value, result.examined)
+for finding in results.findings:
+    print(finding.invariant, hex(finding.address), finding.message)
+"""
+    )
+
+
 def _space_of(spaces: str, name: str) -> str:
     """Write the expression that finds a space by the name that a person gave it."""
     if name == "kernel":
@@ -266,6 +284,7 @@ def _space_of(spaces: str, name: str) -> str:
 
 #: By the command's name; a command that is not here has no ``--drgn``.
 SNIPPETS: dict[str, Snippet] = {
+    "check": _check,
     "deposits": _deposits,
     "frags": _frags,
     "layout": _layout,

@@ -173,6 +173,14 @@ def test_code_of_list(line: str, sample: Sample) -> None:
     assert [hex(pfn) for pfn in pfns.tolist()] == [row["pfn"] for row in seen]
 
 
+def test_code_of_check(sample: Sample) -> None:
+    for line in ("ptcheck --only structure", "ptcheck --skip structure --skip desc-refcount-one"):
+        names, _ = run_code(sample, line)
+        seen = tables_of(in_shell(sample, f"{line} --format json"))["invariants"]
+        ours = {r.invariant.id: (r.verdict.value, r.examined) for r in names["results"].results}
+        assert {row["invariant"]: (row["verdict"], row["examined"]) for row in seen} == ours
+
+
 # The shells
 
 
