@@ -160,6 +160,7 @@ def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tup
     ):
         truth, _ = parse_report(guest.console())
         told = {process["pid"]: process["vm_pte_kb"] for process in truth["processes"]}
+        parents = {process["pid"]: process["ppid"] for process in truth["processes"]}
         for kind in kinds:
             target = ["--qemu", str(guest.qmp_socket), "--pause"]
             if kind != "qmp":
@@ -173,7 +174,7 @@ def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tup
                 finally:
                     guest.cont()
                 target = ["-c", str(path)]
-            yield kind, _judge([*target, "-s", str(kernel.vmlinux)], told)
+            yield kind, _judge([*target, "-s", str(kernel.vmlinux)], told, parents)
             if kind != "qmp":
                 path.unlink()
 
@@ -183,7 +184,7 @@ def _run_crash(row: Row, kernel: Kernel) -> str:
         truth = crash(row.suite, kernel, {"vmcore": ["-l", "-d", "31"]}, Path(folder))
         told = {int(p): int(s["VmPTE"]) for p, s in truth["kernel"]["status"].items()}
         core = Path(folder) / "vmcore"
-        return _judge(["-c", str(core), "-s", str(kernel.vmlinux)], told)
+        return _judge(["-c", str(core), "-s", str(kernel.vmlinux)], told, {})
 
 
 def _run_live(row: Row, kernel: Kernel) -> str:
@@ -207,8 +208,13 @@ def _live_verdict(answers: LiveAnswers) -> str:
     return "pass"
 
 
-def _judge(target: Sequence[str], told: dict[int, int]) -> str:
-    """Ask the questions; the first thing that is not right is the answer."""
+def _judge(target: Sequence[str], told: dict[int, int], parents: dict[int, int]) -> str:
+    """
+    Ask the questions; the first thing that is not right is the answer.
+
+    :param told: kB of page tables, by process
+    :param parents: in whose address space a process still is after vfork()
+    """
     answers = {}
     for name in ("summary", "check", "ps"):
         status, answer, error = _ask([*target, name])
@@ -224,8 +230,9 @@ def _judge(target: Sequence[str], told: dict[int, int]) -> str:
         return f"check: {findings[0]['invariant']}"
     rows = {row["pid"]: row["pgtables_KiB"] for row in answers["ps"]["tables"]["spaces"]}
     for pid, size in told.items():
-        if rows.get(pid) != size:
-            return f"ps: process {pid} has {size} KiB, not {rows.get(pid)}"
+        found = rows.get(pid, rows.get(parents.get(pid)))
+        if found != size:
+            return f"ps: process {pid} has {size} KiB, not {found}"
     return "pass"
 
 
