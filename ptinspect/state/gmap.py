@@ -219,7 +219,7 @@ def read_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
         if kvm_module_lacks_types(prog):
             what = "the module kvm is loaded, but its types are not: give its file with -s kvm.ko"
             return Gmaps((), None, missing=(what,))
-        return Gmaps((), "this kernel has no KVM")
+        return Gmaps((), "KVM is neither in the kernel nor loaded")
     hosts = {
         space.mm.address: space
         for space in spaces

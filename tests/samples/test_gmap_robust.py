@@ -82,7 +82,7 @@ def test_a_module_without_types_is_asked_for(
     if not made(sample, "gmap-page"):
         pytest.skip("the sample has no guest address spaces")
     monkeypatch.setattr(gmap_story, "type_or_none", lambda prog, name: None)
-    assert read_gmaps(sample.prog, ()) == Gmaps((), "this kernel has no KVM")
+    assert read_gmaps(sample.prog, ()) == Gmaps((), "KVM is neither in the kernel nor loaded")
     monkeypatch.setattr(gmap_story, "kvm_module_lacks_types", lambda prog: True)
     asked = []
     monkeypatch.setattr(gmap_story, "load_kvm_types", lambda prog: asked.append(prog))
