@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -39,6 +40,9 @@ from ptinspect.trace.script import ScriptOptions, write_script
 from ptinspect.trace.totals import Totals, read_totals
 
 _CGROUPS = Path("/sys/fs/cgroup")
+
+#: What the maps may take together, and about how many count by key.
+_MAP_BYTES, _MAPS = 512 << 20, 8
 
 #: Seconds that tables of a process that has ended may take to be released before the trace ends.
 _DRAIN = 30.0
@@ -89,9 +93,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
 @click.option(
     "--max-tables",
     type=click.IntRange(1024),
-    default=ScriptOptions.max_tables,
-    show_default=True,
-    help="How many tables can be followed at a time.",
+    help="How many tables can be followed at a time; by default what takes half a GiB at most.",
 )
 @click.option("--kprobes", is_flag=True, help="Use kprobes even where fentry is there.")
 @click.option("--bpftrace", metavar="PROGRAM", help="The bpftrace to use.")
@@ -124,7 +126,7 @@ def command(
     events: bool,
     top: int,
     interval: int,
-    max_tables: int,
+    max_tables: int | None,
     kprobes: bool,
     bpftrace: str | None,
     print_script: bool,
@@ -169,7 +171,7 @@ def command(
             tables=leaks is not None,
             events=events,
             interval=interval,
-            max_tables=max_tables,
+            max_tables=max_tables or _most_tables(offers is not None),
         ),
     )
     if print_script or program is None:
@@ -225,6 +227,19 @@ def command(
     write_json(report, text)
     click.echo(json.dumps({"kind": "summary", **json.loads(text.getvalue())}))
     return ExitStatus.INCOMPLETE if report.missing else ExitStatus.OK
+
+
+def _most_tables(elsewhere: bool) -> int:
+    """
+    Get how many entries every map may have.
+
+    bpftrace gives all maps one size, and the kernel allocates them at once; those that count have
+    a value for each CPU.
+    """
+    if elsewhere:
+        return ScriptOptions.max_tables
+    cpus = os.sysconf("SC_NPROCESSORS_CONF")
+    return max(1024, min(ScriptOptions.max_tables, _MAP_BYTES // (_MAPS * (8 * cpus + 128))))
 
 
 def _refuse_targets() -> None:
@@ -295,7 +310,8 @@ class _End:
         if not self._gone:
             if self._ended():
                 self._gone, self._left = True, now
-                self._nsecs = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+                # bpftrace's nsecs is this clock (bpf_ktime_get_boot_ns).
+                self._nsecs = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             return False
         if now - self._left >= _DRAIN:
             return True

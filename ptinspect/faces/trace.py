@@ -295,11 +295,8 @@ def _notes(result: TraceResult) -> Iterator[str]:
             f"nr_page_table_pages moved from {counter.before_open} to {counter.after_open} at the "
             f"beginning and from {counter.before_close} to {counter.after_close} at the end."
         )
-    if totals.unattributed:
-        yield (
-            f"{totals.unattributed} tables are in no row of a process: "
-            + ("only some processes were followed." if result.filtered else "the map was full.")
-        )
+    if totals.unattributed and result.filtered:
+        yield f"{totals.unattributed} tables were made by others than those that were followed."
     yield from (f"Not seen on this kernel: {sentence}." for sentence in result.unseen)
 
 
@@ -316,6 +313,10 @@ def _missing(result: TraceResult) -> Iterator[str]:
     yield from (f"dropped {count}: {what}" for what, count in sorted(result.dropped.items()))
     if totals.lost_releases:
         yield f"the release of {totals.lost_releases} tables was not seen"
+    if totals.lost_records:
+        yield f"{totals.lost_records} waiting or live tables are in no map: it was full"
+    if totals.unattributed and not result.filtered:
+        yield f"{totals.unattributed} tables are in no row of a process: the map was full"
     if counter.change is None:
         yield "nr_page_table_pages could not be read"
     elif counter.change != totals.net_pages:

@@ -125,6 +125,9 @@ class Totals:
     lost_releases: int
     #: Tables made that no process could be named for: the map by process was full.
     unattributed: int | None
+    #: Waiting or live tables of which the maps should know and do not: they were full. 0 before the
+    #: last reading, which alone has those maps.
+    lost_records: int
     #: Tables that RCU released, counted a second time by whole batches; ``None`` if not counted.
     batch_tables: int | None
     batches: int | None
@@ -185,6 +188,8 @@ class TraceResult:
             self.missed == 0
             and not self.dropped
             and not self.totals.lost_releases
+            and not self.totals.lost_records
+            and (self.filtered or not self.totals.unattributed)
             and self.ended_early is None
             and self.counter.change == self.totals.net_pages
         )
@@ -267,6 +272,12 @@ def read_totals(reading: Reading) -> Totals:
     released = sum(sum(levels.values()) for levels in freed.values())
     lost = reading.number("lost_releases")
     processes = _processes(reading, followed)
+    waiting = unlinked - released - lost if followed else None
+    lost_records = 0
+    if waiting is not None and reading.last:
+        lost_records += abs(waiting - len(reading.keyed("pending")))
+        if "live" in reading.maps:
+            lost_records += abs(sum(p.live or 0 for p in processes) - len(reading.keyed("live")))
     return Totals(
         nsecs=reading.nsecs,
         made_pages=reading.number("made_pages"),
@@ -278,9 +289,10 @@ def read_totals(reading: Reading) -> Totals:
         ),
         ways=tuple(_way(reading, way, freed[way]) for way in sorted(freed)),
         processes=processes,
-        waiting=unlinked - released - lost if followed else None,
+        waiting=waiting,
         lost_releases=lost,
         unattributed=sum(made.values()) - sum(sum(p.made) for p in processes),
+        lost_records=lost_records,
         batch_tables=reading.number("batch_tables") if "batch_tables" in reading.maps else None,
         batches=reading.number("batches") if "batches" in reading.maps else None,
         stacks=tuple(_stacks(reading)),

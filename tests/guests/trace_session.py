@@ -71,7 +71,7 @@ def main() -> None:
     said["load_seconds"] = round(time.monotonic() - begun, 2)
     said["pid"], said["vm_pte_kib"] = child.pid, tables_kib(child.pid)
     # What the trace says of it meanwhile: a reading that was begun after now.
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     for line in trace.stdout:
         reading = json.loads(line)
         if reading["nsecs"] > now:

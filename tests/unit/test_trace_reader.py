@@ -3,6 +3,7 @@
 """bpftrace's lines become readings and totals."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,16 @@ def test_totals() -> None:
     assert by_pid[613, "a,b"].made == (0, 60, 50, 0, 0, 0)
     assert by_pid[613, "a,b"].live == 3
     assert by_pid[615, "exe"].freed == (0, 0, 91, 55, 0, 0)
+
+
+def test_full_maps_are_noticed() -> None:
+    # Five are said to wait, one is there; four are there of six that live.
+    assert read_totals(read(MAPS)).lost_records == 4 + 0
+    short = {**MAPS, "live": {}}
+    assert read_totals(read(short)).lost_records == 4 + 4
+    assert not result(totals=replace(result().totals, lost_records=1)).exact
+    assert not result(totals=replace(result().totals, unattributed=1)).exact
+    assert result(totals=replace(result().totals, unattributed=1), filtered=True).exact
 
 
 def test_tables_that_are_left() -> None:

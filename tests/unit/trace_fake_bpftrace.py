@@ -25,7 +25,7 @@ def write(kind: str, data: object) -> None:
 
 
 def nsecs() -> int:
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 def reading(end: bool) -> None:
