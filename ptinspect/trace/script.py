@@ -227,7 +227,9 @@ class _Writer:
         if self._wanted:
             begins += f" && ($live.0 || ({self._wanted}))"
         yield f"  if ({begins}) {{"
-        yield f"    $way = $note.1 ? $note.1 : (uint64){_IMMEDIATE};"
+        yield f"    $way = (uint64){_IMMEDIATE};"
+        if noted:
+            yield "    if ($note.1) { $way = $note.1; }"
         yield "    @pending[$page] = (nsecs, $way, $level, (uint64)pid, comm);"
         yield "    @unlinked_first = count();"
         if options.stacks:

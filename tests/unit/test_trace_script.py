@@ -9,6 +9,7 @@ difference.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -73,6 +74,22 @@ def test_a_counter_is_written_by_one_program(kernel: str, options: ScriptOptions
             writers.setdefault(name.split("[")[0].split(" ")[0], set()).add(program)
     assert writers
     assert {name: len(programs) for name, programs in writers.items()} == dict.fromkeys(writers, 1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("options", [PLAIN, ALL, ScriptOptions(counts_only=True, stacks=True)])
+def test_a_variable_is_set_in_the_program_that_reads_it(
+    kernel: str, options: ScriptOptions
+) -> None:
+    known: set[str] = set()
+    for line in script(kernel, options).splitlines():
+        if line and line[0].isalpha():
+            known = set()
+        assigned = re.match(r" *(\$\w+) = ", line)
+        read = line.split(" = ", 1)[1] if assigned else line
+        assert set(re.findall(r"\$\w+", read)) <= known, line
+        if assigned:
+            known.add(assigned[1])
 
 
 def test_newest_hook_first() -> None:
