@@ -52,7 +52,7 @@ class Orphan:
     after: str
     #: What it last held, by level; empty if it cannot be read.
     used_as: tuple[UsedAs, ...]
-    #: Stacks with a word that names its descriptor or its memory, in words.
+    #: Stacks, or registers, with a word that names its descriptor or its memory, in words.
     on_stacks: tuple[str, ...]
 
 

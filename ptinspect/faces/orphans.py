@@ -21,7 +21,7 @@ def orphans_table(orphans: Orphans) -> Table:
             Column("page_before"),
             Column("page_after"),
             Column("holds"),
-            Column("named_on_the_stack_of"),
+            Column("named_by"),
         ),
         list(_rows(orphans.orphans)),
         f"What is known of them{rest}",
@@ -59,7 +59,7 @@ def orphans_notes(orphans: Orphans) -> Iterator[str]:
         work = "; ".join(busy)
         yield (
             f"{unnamed} of them are named on no stack. {work}: a table on its way may be named by "
-            "a register alone. What is still there later is leaked."
+            "a register alone, which only ELF dumps have. What is still there later is leaked."
         )
     else:
         yield f"{unnamed} of them are named on no stack, and no CPU runs a task: leaked, it seems."

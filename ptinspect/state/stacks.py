@@ -3,17 +3,18 @@
 """
 The words on kernel stacks: where the kernel keeps what it works on at the moment.
 
-A word may be left over from a call that has returned, and what a CPU has in its registers is not
-seen. So a word is a hint, and whoever takes it for a pointer checks what it points to.
+A word may be left over from a call that has returned. So it is a hint, and whoever takes it for a
+pointer checks what it points to. What a CPU has in its registers is in the notes of ELF dumps only.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from drgn import Architecture, FaultError, Object, Program, sizeof
+from drgn import Architecture, FaultError, Object, Program, ProgramFlags, sizeof
 from drgn.helpers.linux.cpumask import for_each_online_cpu
 from drgn.helpers.linux.percpu import per_cpu
 from drgn.helpers.linux.pid import for_each_task
@@ -21,11 +22,15 @@ from drgn.helpers.linux.sched import cpu_curr
 
 from ptinspect.kernel.descriptor import byte_order
 from ptinspect.memory import AddressArray
+from ptinspect.target.elf import ElfError, read_elf
 
 #: task_struct.__state (include/linux/sched.h): TASK_INTERRUPTIBLE, __TASK_STOPPED, __TASK_TRACED,
 #: and TASK_NOLOAD, which idle kernel threads add to TASK_UNINTERRUPTIBLE. Who sleeps so is not in
 #: the middle of freeing tables.
 _AT_REST = 0x1 | 0x4 | 0x8 | 0x400
+
+#: Type of the note of a CPU's registers (include/uapi/linux/elf.h).
+_NT_PRSTATUS = 1
 
 #: THREAD_SIZE of the 64-bit architectures (without KASAN), if the kernel does not tell.
 _USUAL_STACK_BYTES = 16384
@@ -42,7 +47,7 @@ _SAVED_SP = {
 
 @dataclass(frozen=True)
 class KernelStack:
-    """The words of one stack, from the stack pointer (where it is known) to its end."""
+    """The words of one stack from the stack pointer (where it is known) on, or of registers."""
 
     #: ``comm/pid`` of the task, or what else the stack belongs to.
     owner: str
@@ -52,7 +57,7 @@ class KernelStack:
     address: int
     #: uint64, by address upwards.
     words: AddressArray
-    #: Whether it is that of a CPU's idle task, or of interrupts: no task works on it.
+    #: Whether it is that of a CPU's idle task, of interrupts, or no stack: no task works on it.
     of_no_task: bool = False
 
 
@@ -104,10 +109,7 @@ def kernel_stacks(prog: Program, *, at_rest: bool = False) -> KernelStacks:
             idle = not task.pid
             for what, base, of_no_task in (
                 (_task_name(task), task.stack.value_(), idle),
-                *(
-                    (f"CPU {cpu}'s interrupt stack", base, True)
-                    for base in _irq_stacks(prog, cpu, size)
-                ),
+                *(("an interrupt stack", base, True) for base in _irq_stacks(prog, cpu, size)),
             ):
                 words = _read_words(prog, base, size)
                 if words is None:
@@ -116,6 +118,7 @@ def kernel_stacks(prog: Program, *, at_rest: bool = False) -> KernelStacks:
                     found.append(KernelStack(what, cpu, base & ~7, words, of_no_task))
         except (FaultError, LookupError) as error:
             missing.append(f"what CPU {cpu} runs cannot be read: {error}")
+    found.extend(_saved_registers(prog, len(running)))
     try:
         for task in for_each_task(prog):
             if task.value_() in running:
@@ -128,6 +131,31 @@ def kernel_stacks(prog: Program, *, at_rest: bool = False) -> KernelStacks:
     except FaultError as error:
         missing.append(f"the list of tasks cannot be followed: {error}")
     return KernelStacks(tuple(found), tuple(missing))
+
+
+def _saved_registers(prog: Program, cpus: int) -> Iterator[KernelStack]:
+    """
+    Get the words of the notes that hold each CPU's registers (NT_PRSTATUS), in an ELF dump.
+
+    :param cpus: Online ones. With as many notes, they are in the order of the CPUs.
+    """
+    path = prog.core_dump_path
+    if path is None or prog.flags & ProgramFlags.IS_LIVE:
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            elf = read_elf(descriptor)
+            notes = [n.desc for n in elf.notes() if (n.name, n.type) == (b"CORE", _NT_PRSTATUS)]
+        finally:
+            os.close(descriptor)
+    except (OSError, ElfError):
+        return  # a dump of another format
+    order = "<" if elf.little_endian else ">"
+    for number, note in enumerate(notes):
+        words = np.frombuffer(note, f"{order}u8", len(note) // 8).astype(np.uint64)
+        cpu = number if len(notes) == cpus else None
+        yield KernelStack("the registers", cpu, 0, words, True)
 
 
 def _waiting_stack(
