@@ -127,3 +127,26 @@ def test_download_refuses_another_content(mirror):
 def test_download_says_what_is_missing(mirror):
     with pytest.raises(LabError, match="the mirror has no pool/y"):
         archive.download(_package(b"package", "y_1_all.deb"))
+
+
+def test_closure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stanza(name: str, depends: str = "", provides: str = "") -> str:
+        fields = f"Package: {name}\nVersion: 1\nFilename: pool/{name}.deb\nSize: 1\nSHA256: 00\n"
+        return fields + f"Depends: {depends}\nProvides: {provides}\n"
+
+    index = archive.Index.__new__(archive.Index)
+    index.suite, index.architecture = "suite", "amd64"
+    index._text = "\n".join(
+        [
+            stanza("program", "library (>= 2), interpreter:any | other, virtual"),
+            stanza("library", "program"),
+            stanza("interpreter", "documentation"),
+            stanza("real", provides="virtual (= 1), more"),
+            stanza("other"),
+            stanza("documentation", "other"),
+        ]
+    )
+    found = [package.name for package in index.closure(["program"], without=["documentation"])]
+    assert found == ["program", "library", "interpreter", "real"]
+    with pytest.raises(LabError, match="no package nothing"):
+        index.closure(["nothing"])

@@ -1,0 +1,115 @@
+# Copyright (c) the ptinspect authors
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The matrix goes on where it was interrupted, and its document says only what was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import matrix
+from lab.errors import GuestError, LabError
+from lab.matrix import Row
+
+ROWS = (
+    Row("one", "x86_64", recipe="a", kinds=("qmp", "elf", "crash")),
+    Row("two", "s390x", recipe="b", kinds=("qmp", "live")),
+    Row("gone", "s390x", recipe="none", kinds=("qmp",)),
+)
+
+
+@pytest.fixture
+def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Cells that are tried, in order; a second ``elf`` is where the first run ends."""
+    seen: list[tuple[str, str]] = []
+
+    def kernel(row: Row) -> Any:
+        if row.recipe == "none":
+            raise LabError("no such kernel")
+        return row
+
+    def resting(row: Row, _: Any, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
+        for kind in kinds:
+            seen.append((row.name, kind))
+            yield kind, "pass"
+
+    def live(row: Row, _: Any) -> str:
+        seen.append((row.name, "live"))
+        raise GuestError("no disks\nand more")
+
+    def crash(row: Row, _: Any) -> str:
+        seen.append((row.name, "crash"))
+        if seen.count((row.name, "crash")) == 1:
+            raise KeyboardInterrupt
+        return "check: tree-one-level"
+
+    monkeypatch.setenv("PTINSPECT_CACHE", str(tmp_path))
+    monkeypatch.setattr(matrix, "ROWS", ROWS)
+    monkeypatch.setattr(matrix, "DOCUMENT", tmp_path / "matrix.md")
+    monkeypatch.setattr(Row, "kernel", kernel)
+    monkeypatch.setattr(matrix, "_run_resting", resting)
+    monkeypatch.setattr(matrix, "_run_live", live)
+    monkeypatch.setattr(matrix, "_run_crash", crash)
+    return seen
+
+
+def test_goes_on(tried: list[tuple[str, str]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        matrix.run_matrix()
+    assert tried == [("one", "qmp"), ("one", "elf"), ("one", "crash")]
+    del tried[:2]
+    matrix.run_matrix()
+    assert tried[1:] == [("one", "crash"), ("two", "qmp"), ("two", "live")]
+    matrix.run_matrix()
+    assert len(tried) == 4
+    matrix.run_matrix(["s390x", "two"], ["qmp"], again=True)
+    assert tried[4:] == [("two", "qmp")]
+
+
+def test_document(tried: list[tuple[str, str]]) -> None:
+    matrix.run_matrix(["two"])
+    lines = [line for line in matrix.DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["architecture", "kernel", "qmp", "elf", "kdump", "live", "crash"],
+        ["x86_64", "one", "not run", "not run", "-", "-", "not run"],
+        ["s390x", "two", "pass", "-", "-", "the guest: no disks", "-"],
+        ["s390x", "gone", "not run", "-", "-", "-", "-"],
+    ]
+
+
+def answers(**changed: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {"missing": [], "tables": {}}
+    found = {name: {**whole} for name in ("summary", "check", "ps")}
+    found["summary"]["tables"] = {"accounting": {"difference": 0}}
+    found["check"]["tables"] = {"findings": []}
+    found["ps"]["tables"] = {"spaces": [{"pid": 1, "pgtables_KiB": 40}]}
+    for name, tables in changed.items():
+        found[name] = {"missing": tables.pop("missing", []), "tables": tables}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        ({}, "pass"),
+        ({"summary": {"accounting": {"difference": 1}}}, "summary: NR_PAGETABLE differs"),
+        ({"summary": {"missing": ["2 tables"]}}, "summary: 2 tables"),
+        ({"check": {"findings": [{"invariant": "ptl-legal"}]}}, "check: ptl-legal"),
+        ({"ps": {"spaces": []}}, "ps: process 1 has 40 KiB, not None"),
+        ({"ps": {"spaces": [{"pid": 1, "pgtables_KiB": 44}]}}, "ps: process 1 has 40 KiB, not 44"),
+    ],
+)
+def test_verdicts(changed: dict[str, Any], verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = answers(**changed)
+    monkeypatch.setattr(matrix, "_ask", lambda arguments: (0, found[arguments[-1]], ""))
+    # Process 2 is still in the space of process 1, after vfork().
+    assert matrix._judge([], {1: 40, 2: 40}, {2: 1}) == verdict
+
+
+def test_a_command_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "_ask", lambda arguments: (3, None, "no such file"))
+    assert matrix._judge([], {}, {}) == "summary: no such file"
