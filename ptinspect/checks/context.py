@@ -31,11 +31,13 @@ class Context:
     One target, as the invariants see it.
 
     :param census: Everything of this run is judged by it.
+    :param racing: Whether the target ran while the census was taken.
     """
 
-    def __init__(self, prog: Program, census: Census) -> None:
+    def __init__(self, prog: Program, census: Census, *, racing: bool = False) -> None:
         self.prog = prog
         self.census = census
+        self.racing = racing
         self._areas: dict[int, tuple[Areas | None, str]] = {}
         self._busy: dict[int, str] = {}
         #: By address of a ``struct file``.

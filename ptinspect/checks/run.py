@@ -93,7 +93,7 @@ def run_checks(
     chosen = select(only, skip)
     if census is None:
         census = take_census(prog)
-    results, seconds = _run(Context(prog, census), chosen, progress)
+    results, seconds = _run(Context(prog, census, racing=racing), chosen, progress)
     if racing:
         for _ in range(ROUNDS):
             results = _confirm(prog, results)
@@ -171,7 +171,7 @@ def _confirm(prog: Program, results: list[Result]) -> list[Result]:
     if not suspects:
         return results
     time.sleep(_PAUSE)
-    again, _ = _run(Context(prog, take_census(prog)), suspects, None)
+    again, _ = _run(Context(prog, take_census(prog), racing=True), suspects, None)
     return _intersect(results, again)
 
 
