@@ -65,7 +65,7 @@ _HOLDERS: tuple[tuple[Holder, Callable[[Stories], Holding]], ...] = (
     (Holder.RCU, lambda stories: stories.pending.held(Way.RCU)),
     (Holder.GATHER, lambda stories: stories.pending.held(Way.GATHER)),
     (Holder.FREE_LIST, lambda stories: stories.pending.held(Way.KERNEL_WORK)),
-    (Holder.GMAP, lambda stories: stories.gmaps),
+    (Holder.GMAP, lambda stories: stories.guests),
     (Holder.FRAGMENT_CACHE, lambda stories: stories.parted_pages),
 )
 

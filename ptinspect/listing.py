@@ -344,7 +344,7 @@ class Listing:
         census = self._census
         if census is None:
             return np.zeros(len(self), np.bool_)
-        gmaps = census.stories.gmaps.gmaps.gmaps
+        gmaps = census.stories.guests.gmaps
         bearing = {gmap.address for gmap in gmaps if not gmap.kvm_owned}
         # A table that a process reaches, too, has the process's space as its first.
         spaces = [*(space.gmap in bearing for space in census.tables.spaces), False]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ from drgn.helpers.linux.mm import pfn_to_page
 from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.kernel.paging import EntryClass, Root
-from ptinspect.memory import AddressArray, among, read_blocks
+from ptinspect.kernel.paging.model import EntryArray
+from ptinspect.memory import AddressArray, BoolArray, among, read_blocks
 from ptinspect.state.gmap import (
     Disagreement,
     Gmap,
@@ -30,6 +32,7 @@ from ptinspect.state.gmap import (
     Relation,
     read_gmaps,
 )
+from ptinspect.state.kvm import Vm
 from ptinspect.state.pgste import read_ptval
 from ptinspect.state.told import Told
 from ptinspect.tables.contents import read_contents
@@ -49,6 +52,12 @@ FAKE_TABLE = 1
 
 #: How many disagreements are told.
 MOST_DISAGREEMENTS = 10_000
+
+#: How many pages of a shadow are compared with the tables that the guest made.
+MOST_SHADOWED_PAGES = 100_000
+
+#: Page tables that are held at a time.
+_TABLES_AT_A_TIME = 2048
 
 _ASCE_REAL_SPACE = 0x20
 _ORIGIN = (1 << 64) - 1 & ~0xFFF
@@ -86,19 +95,15 @@ class GmapStory:
             return None
         return parents[0].host_address(segment << _SEGMENT_SHIFT | guest % _SEGMENT_BYTES)
 
-    @property
-    def held_pfns(self) -> AddressArray:
-        """uint64: first page frames of the tables on lists and in caches."""
-        return self.gmaps.held_pfns
 
-
-def read_gmap_story(prog: Program, tables: Tables) -> GmapStory:
+def read_gmap_story(prog: Program, tables: Tables, gmaps: Gmaps | None = None) -> GmapStory:
     """
     Read all guest address spaces and compare them with what was walked.
 
     :param tables: With the guest address spaces among the spaces.
+    :param gmaps: If they were read already.
     """
-    gmaps = read_gmaps(prog, tables.spaces)
+    gmaps = read_gmaps(prog, tables.spaces) if gmaps is None else gmaps
     comparison = _Comparison(prog, gmaps, tables)
     found = (*gmaps.disagreements, *_bounded(comparison.disagreements(), comparison.missing))
     missing = (*gmaps.missing, *comparison.missing)
@@ -114,9 +119,9 @@ def _bounded(disagreements: Iterator[Disagreement], missing: list[str]) -> Itera
         yield found
 
 
-def tell_gmaps(story: GmapStory, tables: Tables, pfn: int) -> Iterator[Told]:
+def tell_gmaps(guests: Gmaps, tables: Tables, pfn: int) -> Iterator[Told]:
     """Say of what guest a descriptor is, and what guest address it bears."""
-    gmaps = story.gmaps.gmaps
+    gmaps = guests.gmaps
     for gmap in gmaps:
         for name, listed in (("crst_list", gmap.crst_list), ("pt_list", gmap.pt_list)):
             for place, table in enumerate(listed):
@@ -124,7 +129,7 @@ def tell_gmaps(story: GmapStory, tables: Tables, pfn: int) -> Iterator[Told]:
                     text = f"node {place + 1} of {len(listed)} of {name} of {gmap.name}"
                     yield Told(text, "pt_list")
                     yield from _tell_address(gmap, table)
-    for cached in story.gmaps.caches:
+    for cached in guests.caches:
         if cached.pfn == pfn:
             yield Told(f"kept ready by KVM for {cached.owner}, in the cache at {cached.cache:#x}")
     reached = tables.address // np.uint64(tables.paging.page_bytes) == np.uint64(pfn)
@@ -174,19 +179,18 @@ class _Comparison:
             yield from self._descriptors(gmap, rows)
             if gmap.kvm_owned:
                 yield from self._single(gmap, rows)
-                pages = self._pages(gmap, rows)
                 if gmap.shadow:
-                    yield from self._shadowed_pages(gmap, *pages)
+                    yield from self._shadowed_pages(gmap, rows)
                 elif gmap.ucontrol_cpu:
                     yield from self._ucontrol(gmap, rows)
                 else:
-                    yield from self._host_pages(gmap, *pages)
+                    yield from self._host_pages(gmap, rows)
                 continue
             yield from self._asce(gmap)
             yield from self._lists(gmap, rows)
             if gmap.shadow:
                 yield from self._shadowed(gmap, rows)
-                yield from self._shadowed_pages(gmap, *self._pages(gmap, rows))
+                yield from self._shadowed_pages(gmap, rows)
             else:
                 yield from self._indices(gmap, rows)
                 yield from self._segments(gmap, rows)
@@ -449,31 +453,43 @@ class _Comparison:
             table = entry & (_ORIGIN | 0x800 if here == 1 else _ORIGIN)
         return table
 
-    def _pages(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> tuple[AddressArray, AddressArray]:
-        """Get the guest address and the physical address of every page of a gmap's own tables."""
+    def _pages(
+        self, gmap: Gmap, rows: npt.NDArray[np.intp]
+    ) -> Iterator[tuple[AddressArray, AddressArray]]:
+        """Get guest and physical addresses of the pages of a gmap's own tables, in batches."""
         tables, paging = self.tables, self.tables.paging
         # What is reached twice is told of elsewhere; its pages are looked at once.
-        lowest = rows[(tables.level[rows] == 0) & (tables.state[rows] <= RowState.UNREADABLE)]
-        blocks = read_blocks(self.prog, tables.address[lowest], paging.levels[0].table_bytes)
-        for address in tables.address[lowest][~blocks.readable].tolist():
-            self.missing.append(f"{gmap.name}: the page table at {address:#x} cannot be read")
-        values = paging.values(raw_entries(blocks.data))
-        kinds = paging.classify(values, 0)
-        if gmap.kvm_owned:
-            kinds = paging.kvm_kinds(kinds)
-        row, slot = np.nonzero((kinds == EntryClass.LEAF) & blocks.readable[:, None])
-        physical = paging.leaf_targets(values[row, slot], 0, slot)
-        guest: AddressArray = tables.va[lowest][row] + slot.astype(np.uint64) * np.uint64(self.page)
-        return guest, physical
+        own = (tables.level[rows] == 0) & (tables.state[rows] <= RowState.UNREADABLE)
+        lowest = rows[own]
+        for first in range(0, len(lowest), _TABLES_AT_A_TIME):
+            some = lowest[first : first + _TABLES_AT_A_TIME]
+            values, readable = self._entries(tables.address[some])
+            for address in tables.address[some][~readable].tolist():
+                self.missing.append(f"{gmap.name}: the page table at {address:#x} cannot be read")
+            kinds = paging.classify(values, 0)
+            if gmap.kvm_owned:
+                kinds = paging.kvm_kinds(kinds)
+            row, slot = np.nonzero((kinds == EntryClass.LEAF) & readable[:, None])
+            physical = paging.leaf_targets(values[row, slot], 0, slot)
+            guest = tables.va[some][row] + slot.astype(np.uint64) * np.uint64(self.page)
+            yield guest, physical
 
-    def _shadowed_pages(
-        self, gmap: Gmap, addresses: AddressArray, physical: AddressArray
-    ) -> Iterator[Disagreement]:
+    def _entries(self, addresses: AddressArray) -> tuple[EntryArray, BoolArray]:
+        """Read page tables: uint64 entries of shape (n, 256), and whether each could be read."""
+        paging = self.tables.paging
+        blocks = read_blocks(self.prog, addresses, paging.levels[0].table_bytes)
+        return paging.values(raw_entries(blocks.data)), blocks.readable
+
+    def _shadowed_pages(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
         """A page of a shadow is the page that the guest's own tables name."""
         parent = self._by_address.get(gmap.parent)
         if parent is None or parent.space is None:
             return
-        for place, mine in zip(addresses.tolist(), physical.tolist()):
+        pages = (zip(guest.tolist(), own.tolist()) for guest, own in self._pages(gmap, rows))
+        for number, (place, mine) in enumerate(chain.from_iterable(pages)):
+            if number == MOST_SHADOWED_PAGES:
+                self.missing.append(f"{gmap.name}: only {number} of its pages were compared")
+                return
             guest = self._guest_page(gmap, parent, place)
             found = None if guest is None else self._walk(parent, guest).physical
             if found is not None and found != mine:
@@ -492,43 +508,51 @@ class _Comparison:
         entry = self._read_guest(parent, table + 8 * (place % span // self.page))
         return None if entry is None or entry & _PAGE_INVALID else entry & _ORIGIN
 
-    def _host_pages(
-        self, gmap: Gmap, addresses: AddressArray, physical: AddressArray
-    ) -> Iterator[Disagreement]:
+    def _host_pages(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
         """A page of KVM's own tables is the page that the process has there."""
-        vm, mine = gmap.vm, self._host_tables.get(gmap.mm)
-        if vm is None or mine is None:
+        if gmap.vm is None or gmap.mm not in self._host_tables:
             return
-        hosts = [vm.host_address(address) for address in addresses.tolist()]
-        for address, host, page in zip(addresses.tolist(), hosts, physical.tolist()):
-            if host is None:
+        for guest, physical in self._pages(gmap, rows):
+            host, known = _host_addresses(gmap.vm, guest)
+            for place in np.flatnonzero(~known).tolist():
+                address, page = int(guest[place]), int(physical[place])
                 text = f"guest {address:#x} has the page {page:#x}, but lies in no memory slot"
                 yield Disagreement(Relation.SLOT, gmap.address, address, text)
-                continue
-            theirs = self._host_page(gmap.mm, mine, host)
-            if theirs != page:
-                text = f"guest {address:#x} is physical {page:#x}, but the process has " + (
-                    f"{theirs:#x} at {host:#x}" if theirs is not None else f"none at {host:#x}"
+            theirs, mapped = self._pages_of_host(gmap.mm, host)
+            wrong = known & ~(mapped & (theirs == physical))
+            for place in np.flatnonzero(wrong).tolist():
+                address, page = int(guest[place]), int(physical[place])
+                there = f"{int(theirs[place]):#x}" if mapped[place] else "none"
+                text = (
+                    f"guest {address:#x} is physical {page:#x}, but the process has {there} at "
+                    f"{int(host[place]):#x}"
                 )
                 yield Disagreement(Relation.HOST_PAGE, gmap.address, address, text)
 
-    def _host_page(self, mm: int, tables: dict[int, int], address: int) -> int | None:
-        """Get the page that a process has at an address, by its page tables."""
-        paging = self.tables.paging
-        table = tables.get(address >> _SEGMENT_SHIFT)
-        if table is None:
-            # Nothing is there, or a larger page.
-            return walk_address(self.prog, paging, self._host_roots[mm], address).physical
-        slot = address // self.page % _PAGE_ENTRIES
-        try:
-            data = self.prog.read(table + 8 * slot, 8, True)
-        except FaultError:
-            self.missing.append(f"the page table of the process at {table:#x} cannot be read")
-            return None
-        value = paging.values(np.frombuffer(data, np.uint64))
-        if int(paging.classify(value, 0)[0]) not in (EntryClass.LEAF, EntryClass.PROT_NONE):
-            return None
-        return int(paging.leaf_targets(value, 0, np.array([slot]))[0])
+    def _pages_of_host(self, mm: int, addresses: AddressArray) -> tuple[AddressArray, BoolArray]:
+        """
+        Get the pages that a process has at addresses, by its page tables.
+
+        :return: uint64 physical addresses, and bool whether there is one.
+        """
+        paging, tables = self.tables.paging, self._host_tables[mm]
+        segments, inverse = np.unique(addresses >> np.uint64(_SEGMENT_SHIFT), return_inverse=True)
+        found = np.array([tables.get(number, 0) for number in segments.tolist()], np.uint64)
+        values, readable = self._entries(found)
+        slot = (addresses // np.uint64(self.page)).astype(np.int64) % _PAGE_ENTRIES
+        entry = values[inverse.reshape(-1), slot]
+        kinds = paging.classify(entry, 0)
+        mapped = np.isin(kinds, (EntryClass.LEAF, EntryClass.PROT_NONE))
+        pages = paging.leaf_targets(entry, 0, slot)
+        has_table = (found != 0)[inverse.reshape(-1)]
+        mapped &= has_table & readable[inverse.reshape(-1)]
+        # Without a page table nothing is there, or a larger page.
+        for place in np.flatnonzero(~has_table).tolist():
+            root, address = self._host_roots[mm], int(addresses[place])
+            physical = walk_address(self.prog, paging, root, address).physical
+            if physical is not None:
+                pages[place], mapped[place] = physical, True
+        return pages, mapped
 
     def _ucontrol(self, gmap: Gmap, rows: npt.NDArray[np.intp]) -> Iterator[Disagreement]:
         """
@@ -618,6 +642,17 @@ class _Comparison:
             pass
         self.missing.append(f"{parent.name}: the guest's memory at {address:#x} cannot be read")
         return None
+
+
+def _host_addresses(vm: Vm, guest: AddressArray) -> tuple[AddressArray, BoolArray]:
+    """Translate guest addresses by the memory slots; bool, whether a slot has each."""
+    host = np.zeros(len(guest), np.uint64)
+    known = np.zeros(len(guest), np.bool_)
+    for slot in vm.slots:
+        inside = (guest >= np.uint64(slot.guest)) & (guest - np.uint64(slot.guest) < slot.size)
+        host[inside] = guest[inside] - np.uint64(slot.guest) + np.uint64(slot.host)
+        known |= inside
+    return host, known
 
 
 def _hex(value: int | None) -> str:

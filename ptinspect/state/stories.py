@@ -20,6 +20,7 @@ from ptinspect.memory import AddressArray
 from ptinspect.state.asce import Asces, read_asces
 from ptinspect.state.deposits import Deposits, read_deposits, tell_deposits
 from ptinspect.state.fragments import Fragments, read_fragments, tell_fragments
+from ptinspect.state.gmap import Gmaps, read_gmaps
 from ptinspect.state.gmap_relations import GmapStory, read_gmap_story, tell_gmaps
 from ptinspect.state.halves import Halves, read_halves, tell_halves
 from ptinspect.state.lists import Lists, read_lists, tell_lists
@@ -81,7 +82,7 @@ class Stories:
             self.scan,
             self.pmd_tables,
             self.deposits,
-            self.gmaps.gmaps.gmaps,
+            self.guests.gmaps,
         )
 
     @cached_property
@@ -100,9 +101,14 @@ class Stories:
         return read_asces(self.prog, self.tables.spaces)
 
     @cached_property
+    def guests(self) -> Gmaps:
+        """s390's guest address spaces, as they are."""
+        return read_gmaps(self.prog, self.tables.spaces)
+
+    @cached_property
     def gmaps(self) -> GmapStory:
-        """s390's guest address spaces."""
-        return read_gmap_story(self.prog, self.tables)
+        """The same, compared with all else: that looks at every page of KVM's own tables."""
+        return read_gmap_story(self.prog, self.tables, self.guests)
 
     @cached_property
     def locks(self) -> Locks:
@@ -156,7 +162,7 @@ class Stories:
             *tell_pending(self.pending, pfn),
             *tell_owners(self.owners, self.tables, ptdesc),
             *tell_sharing(self.sharing, self.tables, ptdesc),
-            *tell_gmaps(self.gmaps, self.tables, pfn),
+            *tell_gmaps(self.guests, self.tables, pfn),
             *tell_fragments(self.fragments, pfn),
             *tell_halves(self.halves, pfn),
             *tell_locks(self.locks, pfn),
