@@ -87,8 +87,9 @@ class ListedTable:
 class CachedTable:
     """A table that KVM keeps ready for a gmap (struct kvm_s390_mmu_cache, from 7.0)."""
 
-    #: Address of the machine's ``struct kvm``.
+    #: Addresses of the machine's ``struct kvm`` and ``struct gmap``.
     kvm: int
+    gmap: int
     #: Address of the cache.
     cache: int
     #: Of the machine, or of one of its virtual CPUs.
@@ -470,7 +471,7 @@ class _KvmReader(_Reader):
                 continue
             children = here + offsetof(self.type, "children")
             pending += [(child, here) for child in self._on_list(here, children, "children")]
-        self._caches(kvm, caches)
+        self._caches(kvm, root, caches)
 
     def _read(self, address: int, kvm: int, vm: Vm | None, parent: int) -> Gmap | None:
         pointer = Object(self.prog, "struct gmap *", address)
@@ -507,7 +508,7 @@ class _KvmReader(_Reader):
         self.gmaps.append(gmap)
         return gmap
 
-    def _caches(self, kvm: Object, caches: list[CachedTable]) -> None:
+    def _caches(self, kvm: Object, gmap: int, caches: list[CachedTable]) -> None:
         """Read the tables that the machine and its virtual CPUs keep ready."""
         address = int(kvm.value_())
         try:
@@ -518,11 +519,11 @@ class _KvmReader(_Reader):
                 owners.append((f"vcpu {index}", int(cpu.arch.mc.value_())))
             for owner, cache in owners:
                 if cache:
-                    caches.extend(self._cached(address, cache, owner))
+                    caches.extend(self._cached(address, gmap, cache, owner))
         except (FaultError, ValueError) as error:
             self.missing.append(f"caches of struct kvm {address:#x} cannot be read: {error}")
 
-    def _cached(self, kvm: int, address: int, owner: str) -> Iterator[CachedTable]:
+    def _cached(self, kvm: int, gmap: int, address: int, owner: str) -> Iterator[CachedTable]:
         cache = Object(self.prog, "struct kvm_s390_mmu_cache *", address)[0].read_()
         shift = int(self.prog["PAGE_SHIFT"].value_())
         for array, number, crst in (
@@ -533,9 +534,9 @@ class _KvmReader(_Reader):
             count = int(number.value_())
             if not 0 <= count <= length:
                 text = f"the cache of {owner} says that it holds {count} of {length} tables"
-                self._disagree(Relation.CACHE, address, address, text)
+                self._disagree(Relation.CACHE, gmap, address, text)
                 continue
             for slot in range(count):
                 table = int(array[slot].value_())
                 physical = self.paging.virtual_to_physical(self.prog, table)
-                yield CachedTable(kvm, address, owner, crst, physical >> shift)
+                yield CachedTable(kvm, gmap, address, owner, crst, physical >> shift)

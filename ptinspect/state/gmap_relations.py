@@ -624,7 +624,7 @@ class _Comparison:
                 text = (
                     f"the table in page {cached.pfn:#x}, kept ready for {cached.owner}, {problem}"
                 )
-                yield Disagreement(Relation.CACHE, cached.cache, cached.pfn * self.page, text)
+                yield Disagreement(Relation.CACHE, cached.gmap, cached.pfn * self.page, text)
 
     def _walk(self, gmap: Gmap, address: int) -> Translation:
         assert gmap.space is not None
