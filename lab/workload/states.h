@@ -258,7 +258,7 @@ static void state_thp_moved(void)
 	made("thp-withdrawn %p 2 huge pages split, the third was moved, the fourth is whole", at);
 }
 
-/* Whole tables zapped at once: since 6.14 the kernel gives such tables back (PT_RECLAIM). */
+/* Whole tables zapped at once: kernels with PT_RECLAIM (7.x) give such tables back. */
 static void state_reclaimed(void)
 {
 	size_t i, tables = 6;

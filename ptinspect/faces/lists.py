@@ -123,7 +123,7 @@ def _roles(story: Lists) -> Iterator[tuple[Cell, ...]]:
 def _nodes(census: Census, story: Lists, *, every: bool) -> Iterator[tuple[Cell, ...]]:
     levels = census.paging.levels
     first_spaces = census.first_spaces()
-    # Before 6.16 x86 did not type its PGDs: they are not in the scan, but in the spaces.
+    # PGDs that are not typed (x86 of 6.12) are not in the scan, but in the spaces.
     roots = {
         space.root.address // census.paging.page_bytes: space
         for space in census.tables.spaces

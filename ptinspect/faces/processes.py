@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ptinspect.faces.racing import RACING_NOTE
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 from ptinspect.state.deposits import Deposits
 from ptinspect.tables.spaces import SpaceKind, SpaceList
@@ -34,7 +35,7 @@ def ps_report(
         "KiB (spare tables of huge pages), each rounded down. empty KiB could be given back.",
     ]
     if racing:
-        notes.append("The target was running while it was read: small differences are no finding.")
+        notes.append(RACING_NOTE)
     return Report(
         "ps",
         target,

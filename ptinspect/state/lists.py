@@ -4,8 +4,8 @@
 ``pt_list``: the lists that descriptors are on, and what the word is in each descriptor.
 
 The same 16 bytes are a node of x86's list of all PGDs (pgd_list, arch/x86/mm/pgtable.c), of the
-kernel tables that wait to be freed (kernel_pgtable_work, mm/pgtable-generic.c, since 6.19), of the
-half-free pages of an mm on s390 (context.pgtable_list, arch/s390/mm/pgalloc.c, up to 6.7), of the
+kernel tables that wait to be freed (kernel_pgtable_work, mm/pgtable-generic.c of 7.x), of the
+half-free pages of an mm on s390 (context.pgtable_list, arch/s390/mm/pgalloc.c of 6.1), of the
 ring of tables deposited for huge pages, of s390's lists of a guest's tables (crst_list and pt_list
 of struct gmap, up to 6.x), or an RCU callback; their second half is ``pmd_huge_pte``.
 Elsewhere they are what the page allocator left there.

@@ -4,8 +4,8 @@
 PMD tables that several entries point to: hugetlb mappings of one file, in as many processes.
 
 ``pt_share_count`` counts those beyond the first (huge_pmd_share() and huge_pmd_unshare() in
-mm/hugetlb.c). Kernels that lack it took a reference to the page for each (before 6.13, or the
-stable kernels that have the change too). x86_64, arm64 and riscv64 share PMD tables, others never.
+mm/hugetlb.c). Older kernels, which lack it, took a reference to the page for each (6.1 too, before
+the change came to its stable kernels). x86_64, arm64 and riscv64 share PMD tables, others never.
 """
 
 from __future__ import annotations

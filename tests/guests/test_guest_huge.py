@@ -127,7 +127,7 @@ def test_isolation(sample: Sample, running: Running) -> None:
         assert not owners.recorded
         return
     isolated = "pti=on" in running.guest.command_line
-    # Up to 6.13 the second page is there in any case.
+    # 6.12 has the second page in any case.
     two = isolated or sample.name.startswith("6.")
     assert {owner.pages for owner in owners.pgds} == {2 if two else 1}
     assert {owner.user_half is not None for owner in owners.pgds} == {isolated}
