@@ -14,7 +14,7 @@ book3s64/mmu_context.c.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -88,6 +88,9 @@ class FragmentCache:
     fragment: int | None
     #: Why it is impossible or wrong; empty if it is right.
     problem: str
+    #: The mm is exiting and has given back what the cache had (arch_exit_mmap()), which leaves the
+    #: pointer as it is.
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,29 +228,42 @@ def read_fragments(
             )
         )
     )
-    pages = _Pages(pfns)
+    problems = _Problems(len(pfns))
     place = np.searchsorted(pfns, linked >> shift)
-    count = len(pfns)
-    level, two_levels = lowest_by_page(count, place, tables.level[there].astype(np.int64))
+    level, two_levels = lowest_by_page(len(pfns), place, tables.level[there].astype(np.int64))
     # All mms' spaces differ, so two spaces of one page are two mms.
-    space, two_mms = lowest_by_page(count, place, mm_numbers(tables)[tables.space[there]])
-    cached = np.full(count, -1, np.int64)
-    cache_space = np.full(count, -1, np.int64)
-    for cache, here in zip(good, np.searchsorted(pfns, cache_pfns).tolist()):
+    space, two_mms = lowest_by_page(len(pfns), place, mm_numbers(tables)[tables.space[there]])
+    parts = (linked, deposited, pending)
+    every = np.unique(np.concatenate(parts))
+    used = _count(pfns, every >> shift)
+    refcount, boot, readable = _descriptors(prog, scan, memmap, pfns)
+    typed = descriptor_indices(scan, pfns) >= 0
+    cached = np.full(len(pfns), -1, np.int64)
+    cache_space = np.full(len(pfns), -1, np.int64)
+    checked = []
+    for cache in caches:
+        here = int(np.searchsorted(pfns, np.uint64(cache.pfn or 0)))
+        if cache.pfn is not None:
+            left = shapes[cache.level].number - (cache.fragment or 0)
+            own = typed[here] and space[here] in (-1, cache.space)
+            cache = _checked(
+                cache,
+                tables.spaces,
+                int(space[here]),
+                typed=bool(typed[here]),
+                kept=bool(own and refcount[here] >= used[here] + left),
+            )
+        checked.append(cache)
+        if cache.pfn is None or cache.dropped:
+            continue
         if cached[here] >= 0:
-            pages.flag(np.array([here]), _TWO_CACHES)
+            problems.flag(np.array([here]), _TWO_CACHES)
         cached[here], cache_space[here] = cache.fragment or 0, cache.space
         level[here] = cache.level if level[here] < 0 else level[here]
     # Only PTE tables are deposited.
     level[np.searchsorted(pfns, deposited >> shift)] = 0
-    used, every = _count_distinct(pfns, shift, (linked, deposited, pending))
     number = np.array([*(shape.number for shape in shapes), 0], np.int64)[level]
     size = np.array([*(shape.size for shape in shapes), 1], np.uint64)[level]
-    refcount, boot, readable = _descriptors(prog, scan, memmap, pfns)
-    pages.flag(two_levels, _TWO_LEVELS)
-    pages.flag(two_mms, _TWO_MMS)
-    pages.flag(_beyond_cache(pfns, shift, every, cached, size), _BEYOND_CACHE)
-    pages.flag(_in_two(pfns, shift, (linked, deposited, pending)), _TWICE)
     reserve = np.where(cached >= 0, number - cached, 0)
     counted = readable & ~boot
     perhaps = gathered[np.isin(gathered >> shift, pfns) & ~np.isin(gathered, every)]
@@ -255,34 +271,41 @@ def read_fragments(
     unseen = np.clip(refcount - used - reserve, 0, np.where(counted, most_gathered, 0))
     used += unseen
     waiting = _count(pfns, pending >> shift) + unseen
+    problems.flag(two_levels, _TWO_LEVELS)
+    problems.flag(two_mms, _TWO_MMS)
+    problems.flag(_beyond_cache(pfns, shift, every, cached, size), _BEYOND_CACHE)
+    problems.flag(_in_two(pfns, shift, parts), _TWICE)
+    problems.flag(readable & boot & (refcount != 0), _BOOT_COUNT)
     # The last fragment is back, and the page itself waits (pte_free_defer()).
     counted &= ~((refcount == 0) & (waiting > 0))
-    pages.flag(readable & boot & (refcount != 0), _BOOT_COUNT)
     most = np.where(number > 0, number, max(shape.number for shape in shapes))
-    pages.flag(counted & ((refcount < 1) | (refcount > most)), _IMPOSSIBLE)
-    pages.flag(counted & (refcount < used + reserve), _TOO_LOW)
-    pages.flag(counted & (refcount > used + reserve), _TOO_HIGH)
-    spaces = tables.spaces
-    caches = tuple(_with_owner(cache, spaces, space, pfns, scan) for cache in caches)
+    problems.flag(counted & ((refcount < 1) | (refcount > most)), _IMPOSSIBLE)
+    problems.flag(counted & (refcount < used + reserve), _TOO_LOW)
+    problems.flag(counted & (refcount > used + reserve), _TOO_HIGH)
+    # What only a pointer that means nothing any more leads to is left out.
+    kept = typed | (used > 0) | (cached >= 0)
+    columns = {
+        "pfn": pfns,
+        "descriptor": descriptor_indices(scan, pfns).astype(np.int64),
+        "level": np.where(level < 0, UNKNOWN_LEVEL, level).astype(np.uint8),
+        "space": np.where(space >= 0, space, cache_space),
+        "number": number,
+        "linked": _count(pfns, linked >> shift),
+        "deposited": _count(pfns, deposited >> shift),
+        "pending": waiting,
+        "used": used,
+        "cached": cached,
+        "refcount": refcount,
+        "boot": boot,
+        "readable": readable,
+        "problem": problems.found,
+    }
     return Fragments(
         tables=tables,
         shapes=shapes,
-        caches=caches,
-        pfn=pfns,
-        descriptor=descriptor_indices(scan, pfns).astype(np.int64),
-        level=np.where(level < 0, UNKNOWN_LEVEL, level).astype(np.uint8),
-        space=np.where(space >= 0, space, cache_space),
-        number=number,
-        linked=_count(pfns, linked >> shift),
-        deposited=_count(pfns, deposited >> shift),
-        pending=waiting,
-        used=used,
-        cached=cached,
-        refcount=refcount,
-        boot=boot,
-        readable=readable,
-        problem=pages.problem,
-        missing=(*missing, *unread, *_missing(tables, readable)),
+        caches=tuple(checked),
+        missing=(*missing, *unread, *_missing(tables, readable[kept])),
+        **{name: column[kept] for name, column in columns.items()},
     )
 
 
@@ -299,28 +322,20 @@ def tell_fragments(story: Fragments | None, pfn: int) -> Iterator[Told]:
         yield Told(f"{text}; {problem}" if problem else text, "pt_frag_refcount")
 
 
-class _Pages:
+class _Problems:
     """The first problem of each page."""
 
-    def __init__(self, pfns: AddressArray) -> None:
-        self.problem = np.zeros(len(pfns), np.uint8)
+    def __init__(self, count: int) -> None:
+        self.found = np.zeros(count, np.uint8)
 
     def flag(self, where: npt.NDArray[np.intp] | BoolArray, problem: int) -> None:
-        marked = np.zeros(len(self.problem), np.bool_)
+        marked = np.zeros(len(self.found), np.bool_)
         marked[where] = True
-        self.problem[marked & (self.problem == 0)] = problem
+        self.found[marked & (self.found == 0)] = problem
 
 
 def _count(pfns: AddressArray, of: AddressArray) -> npt.NDArray[np.int64]:
     return np.bincount(np.searchsorted(pfns, of), minlength=len(pfns)).astype(np.int64)
-
-
-def _count_distinct(
-    pfns: AddressArray, shift: np.uint64, parts: tuple[AddressArray, ...]
-) -> tuple[npt.NDArray[np.int64], AddressArray]:
-    """By page: the number of fragments in use; and their addresses."""
-    every = np.unique(np.concatenate(parts))
-    return _count(pfns, every >> shift), every
 
 
 def _in_two(pfns: AddressArray, shift: np.uint64, parts: tuple[AddressArray, ...]) -> BoolArray:
@@ -406,30 +421,24 @@ def _cache(
     return FragmentCache(space, level, pointer, pfn, fragment, "")
 
 
-def _with_owner(
-    cache: FragmentCache,
-    spaces: tuple[Space, ...],
-    space: npt.NDArray[np.int64],
-    pfns: AddressArray,
-    scan: MemmapScan,
+def _checked(
+    cache: FragmentCache, spaces: tuple[Space, ...], owner: int, *, typed: bool, kept: bool
 ) -> FragmentCache:
-    """Check a cache against the fragments of its page."""
-    if cache.pfn is None:
-        return cache
-    pfn = np.array([cache.pfn], np.uint64)
-    owner = int(space[np.searchsorted(pfns, pfn)[0]])
+    """
+    Check a cache against its page.
+
+    :param owner: Index of the first space that has a fragment of the page, or -1.
+    :param kept: Whether the page is the mm's and counts what the cache has.
+    """
+    space = spaces[cache.space]
+    if space.mm is not None and not space.mm.users and not kept:
+        return replace(cache, dropped=True)
     if owner not in (-1, cache.space):
-        return _wrong(cache, f"points into a page of {spaces[owner].name}")
+        return replace(cache, problem=f"points into a page of {spaces[owner].name}")
     # PTE tables of the kernel are not typed everywhere: only since 7.x.
-    if descriptor_indices(scan, pfn)[0] < 0 and not spaces[cache.space].kernel:
-        return _wrong(cache, "points into a page that is no page table")
+    if not typed and not space.kernel:
+        return replace(cache, problem="points into a page that is no page table")
     return cache
-
-
-def _wrong(cache: FragmentCache, problem: str) -> FragmentCache:
-    return FragmentCache(
-        cache.space, cache.level, cache.pointer, cache.pfn, cache.fragment, problem
-    )
 
 
 def _missing(tables: Tables, readable: BoolArray) -> Iterator[str]:

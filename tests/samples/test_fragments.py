@@ -175,6 +175,27 @@ def test_a_cache_in_a_page_that_is_no_table(sample: Sample) -> None:
     assert "is no page table" in found.line_with("FINDING", "pte_frag of")
 
 
+def test_a_cache_of_an_mm_that_exits(sample: Sample) -> None:
+    """arch_exit_mmap() takes what the cache has off the count and leaves the pointer."""
+    pfn, count, mm = page_of(sample, 0, cached=True)
+    overlay = Overlay(sample.prog)
+    left = fragments_of(sample).reserve[row_of(sample, pfn)]
+    with overlay.value_of(mm.mm_users.counter, 0):
+        found = answer(sample)
+        assert found.status == 0
+        with overlay.value_of(count, count.value_() - int(left)):
+            found = answer(sample)
+    assert found.status == 0
+    story = found.census.stories.fragments
+    assert story is not None
+    assert story.cached[int(np.flatnonzero(story.pfn == pfn)[0])] == -1
+    assert "given back, the mm exits" in found.line_with("pte_frag", f"{pfn:#x}")
+
+
+def row_of(sample: Sample, pfn: int) -> int:
+    return int(np.flatnonzero(fragments_of(sample).pfn == pfn)[0])
+
+
 def test_what_only_a_cache_keeps_is_held(sample: Sample) -> None:
     """The PMD entry that leads to a page is cleared: the page is no orphan, its cache keeps it."""
     story = fragments_of(sample)
