@@ -187,7 +187,7 @@ def _cache_rows(fragments: Fragments) -> Iterator[Sequence[Cell]]:
             cache.pointer,
             cache.pfn,
             cache.fragment,
-            "none: given back, the mm exits" if cache.dropped else cache.problem or None,
+            "none: the mm exits or is new" if cache.dropped else cache.problem or None,
         )
 
 

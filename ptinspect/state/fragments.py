@@ -88,8 +88,8 @@ class FragmentCache:
     fragment: int | None
     #: Why it is impossible or wrong; empty if it is right.
     problem: str
-    #: The mm is exiting and has given back what the cache had (arch_exit_mmap()), which leaves the
-    #: pointer as it is.
+    #: It means nothing: the mm is exiting and has given back what the cache had, which leaves the
+    #: pointer as it is (arch_exit_mmap()), or it is a child's copy of its parent's.
     dropped: bool = False
 
 
@@ -197,7 +197,7 @@ def read_fragments(
     *,
     deposited: AddressArray = _NO_ADDRESSES,
     pending: AddressArray = _NO_ADDRESSES,
-    gathered: AddressArray = _NO_ADDRESSES,
+    perhaps: AddressArray = _NO_ADDRESSES,
     missing: tuple[str, ...] = (),
 ) -> Fragments | None:
     """
@@ -205,8 +205,8 @@ def read_fragments(
 
     :param deposited: uint64, physical addresses of spare tables of huge pages.
     :param pending: uint64, physical addresses of tables that wait to be freed, as far as known.
-    :param gathered: uint64, physical addresses in batches on stacks, which may be what a stack
-        still has of a batch that is done: they count where the page's count needs them.
+    :param perhaps: uint64, physical addresses in batches that may be done already, in part or all
+        of it: they count where the page's count needs them.
     :param missing: What could not be seen of those, in sentences.
     :return: ``None`` if this kernel has no fragments.
     """
@@ -241,7 +241,7 @@ def read_fragments(
     cached = np.full(len(pfns), -1, np.int64)
     cache_space = np.full(len(pfns), -1, np.int64)
     checked = []
-    for cache in caches:
+    for cache in sorted(caches, key=lambda each: not tables.spaces[each.space].tasks):
         here = int(np.searchsorted(pfns, np.uint64(cache.pfn or 0)))
         if cache.pfn is not None:
             left = shapes[cache.level].number - (cache.fragment or 0)
@@ -256,6 +256,10 @@ def read_fragments(
         checked.append(cache)
         if cache.pfn is None or cache.dropped:
             continue
+        if cached[here] >= 0 and not tables.spaces[cache.space].tasks:
+            # Still the parent's pointer, which init_new_context() will clear.
+            checked[-1] = replace(cache, dropped=True, problem="")
+            continue
         if cached[here] >= 0:
             problems.flag(np.array([here]), _TWO_CACHES)
         cached[here], cache_space[here] = cache.fragment or 0, cache.space
@@ -266,9 +270,9 @@ def read_fragments(
     size = np.array([*(shape.size for shape in shapes), 1], np.uint64)[level]
     reserve = np.where(cached >= 0, number - cached, 0)
     counted = readable & ~boot
-    perhaps = gathered[np.isin(gathered >> shift, pfns) & ~np.isin(gathered, every)]
-    most_gathered = _count(pfns, np.unique(perhaps) >> shift)
-    unseen = np.clip(refcount - used - reserve, 0, np.where(counted, most_gathered, 0))
+    unsure = perhaps[np.isin(perhaps >> shift, pfns) & ~np.isin(perhaps, every)]
+    most_unsure = _count(pfns, np.unique(unsure) >> shift)
+    unseen = np.clip(refcount - used - reserve, 0, np.where(counted, most_unsure, 0))
     used += unseen
     waiting = _count(pfns, pending >> shift) + unseen
     problems.flag(two_levels, _TWO_LEVELS)

@@ -16,12 +16,23 @@ from ptinspect.tables.walk import Tables
 
 
 def mm_numbers(tables: Tables) -> npt.NDArray[np.int64]:
-    """Get, by space, the index of the first space of the same mm: a number for each mm."""
-    first: dict[int, int] = {}
-    numbers = []
+    """
+    Get, by space, the index of the space that stands for its mm: a number for each mm.
+
+    fork() starts with a plain copy of the parent's mm (dup_mm()), root and caches and all; as long
+    as it has the parent's root, it counts as the parent.
+    """
+    of_root: dict[int, int] = {}
     for number, space in enumerate(tables.spaces):
-        mm = space.mm.address if space.mm is not None else -number
-        numbers.append(first.setdefault(mm, number))
+        known = of_root.setdefault(space.root.address, number)
+        if space.tasks and not tables.spaces[known].tasks:
+            of_root[space.root.address] = number
+    of_mm: dict[int, int] = {}
+    numbers = []
+    for space in tables.spaces:
+        same = of_root[space.root.address]
+        # The second root of page-table isolation comes after the first.
+        numbers.append(same if space.mm is None else of_mm.setdefault(space.mm.address, same))
     return np.array(numbers, np.int64)
 
 

@@ -28,6 +28,7 @@ from ptinspect.state.locks import Locks, read_locks, tell_locks
 from ptinspect.state.owners import Owners, read_owners, tell_owners
 from ptinspect.state.pending import Pending, Way, read_pending, tell_pending
 from ptinspect.state.pmd_tables import PmdTables, read_pmd_tables
+from ptinspect.state.rcu import Segment
 from ptinspect.state.sharing import Sharing, read_sharing, tell_sharing
 from ptinspect.state.told import Told
 from ptinspect.tables.scan import MemmapScan
@@ -124,8 +125,8 @@ class Stories:
             self.tables,
             self.scan,
             deposited=_addresses(deposits),
-            pending=_pending_addresses(pending, gathered=False),
-            gathered=_pending_addresses(pending, gathered=True),
+            pending=_pending_addresses(pending, sure=True),
+            perhaps=_pending_addresses(pending, sure=False),
             missing=(*deposits.missing, *pending.missing),
         )
 
@@ -177,10 +178,19 @@ class _Nothing:
     missing: tuple[str, ...] = ()
 
 
-def _pending_addresses(pending: Pending, *, gathered: bool) -> AddressArray:
-    """uint64: physical addresses of PTE and PMD tables in batches on stacks, or elsewhere."""
-    on_stack = np.array([free.way is Way.GATHER for free in pending.frees] or [False], np.bool_)
-    wanted = (pending.level <= 1) & (on_stack[pending.free] == gathered)
+def _pending_addresses(pending: Pending, *, sure: bool) -> AddressArray:
+    """
+    uint64: physical addresses of PTE and PMD tables that wait to be freed.
+
+    :param sure: Those that nobody can have freed yet; else those in batches on kernel stacks, which
+        may be done already, in part or all of it.
+    """
+    unsure = np.array(
+        [free.way is Way.GATHER or free.segment is Segment.INVOKED for free in pending.frees]
+        or [False],
+        np.bool_,
+    )
+    wanted = (pending.level <= 1) & (unsure[pending.free] != sure)
     addresses: AddressArray = pending.addresses[wanted]
     return addresses
 

@@ -189,7 +189,26 @@ def test_a_cache_of_an_mm_that_exits(sample: Sample) -> None:
     story = found.census.stories.fragments
     assert story is not None
     assert story.cached[int(np.flatnonzero(story.pfn == pfn)[0])] == -1
-    assert "given back, the mm exits" in found.line_with("pte_frag", f"{pfn:#x}")
+    assert "the mm exits or is new" in found.line_with("pte_frag", f"{pfn:#x}")
+
+
+def test_a_mm_that_fork_has_just_copied(sample: Sample) -> None:
+    """dup_mm() copies root and caches; only then the child gets its own."""
+    pfn, _, mm = page_of(sample, 0, cached=True)
+    spaces = fragments_of(sample).tables.spaces
+    alone = next(s for s in spaces if not s.kernel and not s.tasks)
+    assert alone.mm is not None
+    child = alone.mm.object(sample.prog)
+    overlay = Overlay(sample.prog)
+    with (
+        overlay.value_of(child.pgd, mm.pgd.value_()),
+        overlay.value_of(child.context.pte_frag, mm.context.pte_frag.value_()),
+        overlay.value_of(child.context.pmd_frag, mm.context.pmd_frag.value_()),
+    ):
+        found = answer(sample)
+    # What the other mm had is lost now, but nothing is said of the parent.
+    assert not any(f"{pfn:#x}" in finding for finding in found.report.findings)
+    assert not any("points into" in finding for finding in found.report.findings)
 
 
 def row_of(sample: Sample, pfn: int) -> int:
