@@ -45,8 +45,11 @@ class PmdTables:
 def user_rows(tables: Tables, level: int) -> npt.NDArray[np.intp]:
     """Get the rows of a level in the spaces of mms, each time that a table is reached there."""
     user = np.array([space.kind is SpaceKind.USER for space in tables.spaces], np.bool_)
-    there = (tables.state != RowState.CYCLE) & (tables.state != RowState.OUTSIDE)
-    return np.flatnonzero((tables.level == level) & user[tables.space] & there)
+    rows = np.flatnonzero(tables.level == level)
+    state = tables.state[rows]
+    there = (state != RowState.CYCLE) & (state != RowState.OUTSIDE)
+    found: npt.NDArray[np.intp] = rows[user[tables.space[rows]] & there]
+    return found
 
 
 def read_pmd_tables(prog: Program, tables: Tables) -> PmdTables:
