@@ -226,6 +226,30 @@ def crash(
     :return: what the kernel said of itself right before (truth.json of lab/inside/crash.py)
     :raises LabError: if the guest does not get to its end
     """
+    for attempt in range(1, _CRASH_ATTEMPTS + 1):
+        try:
+            _crash_once(suite, kernel, dumps, into, memory, timeout)
+            break
+        except GuestError as error:
+            if attempt == _CRASH_ATTEMPTS:
+                raise
+            say(f"the guest did not save its dump, trying again: {error}")
+    truth: dict[str, Any] = json.loads((into / "truth.json").read_text())
+    return truth
+
+
+#: Under emulation, a kernel that is started by a crash does not always come up.
+_CRASH_ATTEMPTS = 3
+
+
+def _crash_once(
+    suite: str,
+    kernel: Kernel,
+    dumps: Mapping[str, Sequence[str]],
+    into: Path,
+    memory: int,
+    timeout: float,
+) -> None:
     system = system_image(kernel)
     with tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
         folder = Path(tmp)
@@ -256,8 +280,6 @@ def crash(
         read_back(disk, "/results", folder)
         for path in (folder / "results").iterdir():
             shutil.move(path, into / path.name)
-    truth: dict[str, Any] = json.loads((into / "truth.json").read_text())
-    return truth
 
 
 def _check_console(said: str) -> None:
