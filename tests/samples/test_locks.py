@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 from corrupt import Answer, ask
 from drgn import Object, TypeKind
 from drgn.helpers.linux.mm import pfn_to_page
+from drgn.helpers.linux.percpu import per_cpu
 from drgn.helpers.linux.sched import cpu_curr
 from opened import Sample
 from overlay import Overlay
@@ -155,6 +158,59 @@ def test_a_lock_that_is_waited_for(sample: Sample) -> None:
     pending = 1 if arch not in ("s390x", "ppc64le") else 0
     assert holding.waiting == 1 + pending
     assert "CPU 1" in found.line_with(f"{pfn:#x}", "contended")
+
+
+def test_a_queue(sample: Sample) -> None:
+    """Two CPUs in the queue, the second one named by the word, the first by its node only."""
+    pfn, arch = a_table(sample), sample.name.split("-")[0]
+    lock = word_of(lock_at(sample, pfn))
+    overlay = Overlay(sample.prog)
+    with ExitStack() as damage:
+        if arch == "s390x":
+            nodes = [per_cpu(sample.prog["spin_wait"], cpu) for cpu in (0, 1)]
+            damage.enter_context(overlay.value_of(nodes[1][0].prev, nodes[0][0].address_of_()))
+            word = 2 << 20
+        elif arch == "ppc64le":
+            for cpu in (0, 1):
+                nodes = per_cpu(sample.prog["qnodes"], cpu)
+                damage.enter_context(overlay.value_of(nodes.count, 1))
+                damage.enter_context(overlay.value_of(nodes.nodes[0].lock, lock.address_))
+            word = 2 << 17
+        else:
+            nodes = [per_cpu(sample.prog["qnodes"], cpu) for cpu in (0, 1)]
+            for node in nodes:
+                damage.enter_context(overlay.value_of(node[0].mcs.count, 1))
+            following = nodes[1][0].mcs.address_of_()
+            damage.enter_context(overlay.value_of(nodes[0][0].mcs.next, following))
+            word = 2 << 18
+        damage.enter_context(overlay.value_of(lock, word))
+        locks = locks_of(sample)
+        holding = locks.holding(row_of(locks, pfn))
+    assert holding.waiting_cpus == (0, 1)
+    assert holding.holders == ()
+
+
+def test_a_queue_that_bites_its_tail(sample: Sample) -> None:
+    """Nodes in a loop: the walk ends."""
+    if sample.name.startswith("ppc64le"):
+        pytest.skip("its nodes are not followed, they name their lock")
+    pfn = a_table(sample)
+    s390 = sample.name.startswith("s390x")
+    overlay = Overlay(sample.prog)
+    with ExitStack() as damage:
+        nodes = [per_cpu(sample.prog["spin_wait" if s390 else "qnodes"], cpu) for cpu in (0, 1)]
+        for node, other in (nodes, nodes[::-1]):
+            if s390:
+                damage.enter_context(overlay.value_of(node[0].prev, other[0].address_of_()))
+                continue
+            following = other[0].mcs.address_of_()
+            damage.enter_context(overlay.value_of(node[0].mcs.count, 1))
+            damage.enter_context(overlay.value_of(node[0].mcs.next, following))
+        word = word_of(lock_at(sample, pfn))
+        damage.enter_context(overlay.value_of(word, 2 << (20 if s390 else 18)))
+        locks = locks_of(sample)
+        holding = locks.holding(row_of(locks, pfn))
+    assert sorted(holding.waiting_cpus) == [0, 1]
 
 
 @pytest.mark.parametrize("level", [0, 1])
