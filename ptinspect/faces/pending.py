@@ -175,5 +175,10 @@ def _notes(pending: Pending, racing: bool, target: str) -> Iterator[str]:
         "A table that only a CPU's registers name, between its tree and a batch, is not seen; "
         "stacks are searched for batches, not unwound."
     )
+    if not pending.batched:
+        yield (
+            "This kernel frees unmapped tables together with other pages, without RCU: those on "
+            "their way are not told from other pages, and are not typed any more."
+        )
     if racing:
         yield "The target was running while it was read: lists change, and breaks are no finding."

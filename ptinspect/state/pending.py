@@ -111,6 +111,8 @@ class Pending:
     typed: BoolArray
     #: ``None`` if RCU's callbacks could not be read at all; *missing* says why.
     rcu: RcuCallbacks | None
+    #: Whether this kernel gathers tables in batches of their own; else they go with other pages.
+    batched: bool
     #: What could not be seen, in sentences.
     missing: tuple[str, ...]
 
@@ -127,6 +129,29 @@ class Pending:
         ours = np.array([each.way is way for each in self.frees] or [False], np.bool_)
         missing = self.missing if way is Way.RCU else ()
         return HeldTables(self.pfns[ours[self.free]], missing)
+
+
+def tables_are_batched(prog: Program) -> bool:
+    """
+    Tell whether tables that are unmapped go into batches of tables, which wait for RCU.
+
+    x86 before 7.x decides while booting: only on some hypervisors, which
+    ``pv_ops.mmu.tlb_remove_table`` shows (arch/x86/kernel/paravirt.c, kvm.c).
+
+    :raises FaultError: if that cannot be read
+    """
+    try:
+        prog.type("struct mmu_table_batch")
+    except LookupError:
+        return False
+    try:
+        function = prog["pv_ops"].mmu.tlb_remove_table.value_()
+    except (LookupError, AttributeError):
+        return True
+    try:
+        return bool(prog.symbol(function).name == "tlb_remove_table")
+    except LookupError:
+        return False
 
 
 def tell_pending(pending: Pending, pfn: int) -> Iterator[Told]:
@@ -462,6 +487,11 @@ class _Reader:
 
     def result(self, rcu: RcuCallbacks | None) -> Pending:
         empty = np.empty(0, np.uint64)
+        try:
+            batched = tables_are_batched(self.prog)
+        except FaultError as error:
+            batched = True
+            self.missing.append(f"how tables are freed cannot be read: {error}")
         pfns = np.concatenate(self.pfns) if self.pfns else empty
         return Pending(
             frees=tuple(self.frees),
@@ -471,5 +501,6 @@ class _Reader:
             level=np.concatenate(self.levels) if self.levels else np.empty(0, np.int8),
             typed=self._covered(pfns),
             rcu=rcu,
+            batched=batched,
             missing=tuple(self.missing),
         )

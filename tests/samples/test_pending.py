@@ -30,7 +30,7 @@ from ptinspect.faces.pending import pending_report
 from ptinspect.faces.report import Report
 from ptinspect.kernel.direct_map import physical_to_virtual
 from ptinspect.orphans import describe_orphans
-from ptinspect.state.pending import Pending, Way
+from ptinspect.state.pending import Pending, Way, tables_are_batched
 from ptinspect.state.rcu import Segment
 from ptinspect.state.stacks import stack_bytes
 from ptinspect.summary import summarise
@@ -289,6 +289,19 @@ def test_nothing_waits_at_rest(sample: Sample) -> None:
     assert callbacks(sample.prog) == []
     assert not len(census.unexplained())
     assert census.complete
+
+
+def test_whether_tables_are_batched(sample: Sample) -> None:
+    """x86 before 7.x on bare hardware (or QEMU without KVM) does not."""
+    prog = sample.prog
+    native = sample.name.startswith("x86_64-6")
+    assert tables_are_batched(prog) == (not native)
+    words = "without RCU: those on their way are not told"
+    assert (words in damaged(prog).text) == native
+    if native:
+        function = prog["pv_ops"].mmu.tlb_remove_table
+        with Overlay(prog).value_of(function, prog.symbol("tlb_remove_table").address):
+            assert tables_are_batched(prog)
 
 
 def entry_of(sample: Sample, pfn: int) -> int:
