@@ -9,7 +9,7 @@ from drgn import Architecture, Program
 
 from ptinspect.cli.census import tree_census
 from ptinspect.cli.output import emit, format_option, target_heading
-from ptinspect.cli.spaces import SPACE_HELP, find_space
+from ptinspect.cli.spaces import SPACE_HELP, choose_space, find_space
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.fragments import frags_report, no_fragments_report
 from ptinspect.state.fields import architecture
@@ -36,6 +36,8 @@ def command(problems: bool, space: str | None, limit: int | None, output_format:
     with open_target(chosen_target()) as target:
         prog, heading = target.prog, target_heading(target)
         if not (has_fragments(prog) or has_halves(prog)):
+            if space is not None:
+                choose_space(prog, space)  # wrong usage is that everywhere
             return emit(no_fragments_report(_why_not(prog), heading), output_format)
         census = tree_census(prog)
         wanted = None

@@ -59,7 +59,8 @@ def malformed() -> Iterator[Case]:
             missing = list(required_arguments(command))[count]
             yield Case((*path, *good[:count]), str(missing.metavar))
         if all(argument.nargs != -1 for argument in command.params):
-            yield Case((*path, *good, "zork"), "zork")
+            most = sum(isinstance(parameter, click.Argument) for parameter in command.params)
+            yield Case((*path, *good, *["zork"] * (most - len(good) + 1)), "zork")
         for option in command.params:
             if not isinstance(option, click.Option) or option.is_flag:
                 continue
