@@ -219,7 +219,7 @@ MEASUREMENTS = {
 
 #: Rounds: as many as fit the seconds, but at least and at most so many.
 _SECONDS = 10
-_ROUNDS = (3, 15)
+_ROUNDS = (2, 15)
 
 
 class Round(NamedTuple):
