@@ -35,5 +35,5 @@ def test_every_corruption_is_found(sample: Sample) -> None:
 
 
 def test_the_list_of_invariants_is_up_to_date() -> None:
-    """If not: scripts/matrix."""
+    """If not: scripts/invariants."""
     assert "\n".join(reference()) in DOCUMENT.read_text()
