@@ -67,6 +67,9 @@ Question = Callable[[Batch], "tuple[int, BoolArray]"]
 #: Suspects of one question that are kept.
 _MOST = 10_000
 
+#: Entries that are looked at together.
+_AT_ONCE = 1 << 16
+
 QUESTIONS: dict[str, Question] = {}
 
 
@@ -123,10 +126,18 @@ class LeafPass:
         kernel = np.array([space.kernel for space in context.tables.spaces], np.bool_)
         for level in range(len(context.paging.levels) - 1, 0, -1):
             self._ask(self._batch(level, context.upper[level], kernel))
+        parts: list[Entries] = []
+        waiting = 0
         for rows, raw in context.read_tables(0):
             found = filled_entries(context.paging, raw, 0)
-            entries = Entries(rows[found.row], found.slot, found.value, found.kind)
-            self._ask(self._batch(0, entries, kernel))
+            parts.append(Entries(rows[found.row], found.slot, found.value, found.kind))
+            waiting += len(found.row)
+            # Most tables are nearly empty: what a question costs by itself is paid once for many.
+            if waiting >= _AT_ONCE:
+                self._ask(self._batch(0, _joined(parts), kernel))
+                parts, waiting = [], 0
+        if parts:
+            self._ask(self._batch(0, _joined(parts), kernel))
 
     def _batch(self, level: int, entries: Entries, kernel: BoolArray) -> Batch:
         context = self._context
@@ -156,3 +167,7 @@ class LeafPass:
                 assert answer.suspects is not None
                 answer.suspects.append(batch.take(hit))
                 answer.count += int(np.count_nonzero(hit))
+
+
+def _joined(parts: list[Entries]) -> Entries:
+    return parts[0] if len(parts) == 1 else Entries(*(np.concatenate(c) for c in zip(*parts)))
