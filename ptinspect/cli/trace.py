@@ -33,7 +33,7 @@ from ptinspect.target import open_target
 from ptinspect.trace.explain import explain_tables
 from ptinspect.trace.hooks import choose_hooks
 from ptinspect.trace.offers import offers_from_json, read_offers
-from ptinspect.trace.program import check_machine, find_bpftrace
+from ptinspect.trace.program import check_machine, find_bpftrace, kprobe_options
 from ptinspect.trace.reader import Reading, TableEvent
 from ptinspect.trace.runner import InterruptedTraceError, Tracer
 from ptinspect.trace.script import ScriptOptions, write_script
@@ -189,6 +189,7 @@ def command(
             Tracer(
                 program,
                 script,
+                options=() if hooks.trampolines else kprobe_options(program),
                 unseen=hooks.missing,
                 filtered=pid is not None or comm is not None or cgroup is not None,
                 stop=stop,

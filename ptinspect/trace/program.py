@@ -67,6 +67,18 @@ def find_bpftrace(name: str | None = None) -> str:
     return path
 
 
+def kprobe_options(path: str) -> tuple[str, ...]:
+    """
+    Get the options that a script of kprobes needs.
+
+    Newer ones join a function's entry and return in a session, which needs a BPF compiler in the
+    kernel (the kernel answers with -524, ENOTSUPP); older ones know no such option.
+    """
+    option = ("--no-feature", "kprobe_session")
+    done = subprocess.run([path, *option, "--version"], capture_output=True, timeout=120)
+    return option if done.returncode == 0 else ()
+
+
 def parse_version(text: str) -> tuple[int, int] | None:
     """Find a version in what ``bpftrace --version`` says: ``bpftrace v0.23.2``."""
     found = re.search(r"\bv?(\d+)\.(\d+)", text)

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Callable
@@ -50,6 +50,7 @@ class Tracer:
 
     :param bpftrace: path of the program
     :param script: the script's text
+    :param options: for bpftrace, besides its own
     :param unseen: what the script cannot see on this kernel
     :param filtered: whether it follows only some processes
     :param stop: set when the trace shall end
@@ -61,12 +62,13 @@ class Tracer:
         bpftrace: str,
         script: str,
         *,
+        options: Sequence[str] = (),
         unseen: tuple[str, ...] = (),
         filtered: bool = False,
         stop: threading.Event | None = None,
         root: Path = Path("/"),
     ) -> None:
-        self._bpftrace, self._script = bpftrace, script
+        self._bpftrace, self._script, self._options = bpftrace, script, options
         self._unseen, self._filtered, self._root = unseen, filtered, root
         self.stop = stop or threading.Event()
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -87,7 +89,7 @@ class Tracer:
             # A session of its own: Ctrl-C on the terminal is for this process, which closes the
             # gate first.
             self._process = subprocess.Popen(
-                [self._bpftrace, "-f", "json", "-B", "line", str(path)],
+                [self._bpftrace, *self._options, "-f", "json", "-B", "line", str(path)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -18,7 +18,7 @@ from ptinspect.errors import TargetError
 from ptinspect.trace import runner
 from ptinspect.trace.counter import page_table_pages
 from ptinspect.trace.offers import read_offers
-from ptinspect.trace.program import check_machine, find_bpftrace, parse_version
+from ptinspect.trace.program import check_machine, find_bpftrace, kprobe_options, parse_version
 from ptinspect.trace.runner import InterruptedTraceError, Tracer
 
 FAKE = Path(__file__).parent / "trace_fake_bpftrace.py"
@@ -157,6 +157,19 @@ def test_refuses_without_bpftrace(fake: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FAKE_VERSION", "what?")
     with pytest.raises(TargetError, match="does not tell its version"):
         find_bpftrace(fake)
+
+
+def test_kprobe_sessions_are_turned_off_where_they_are_known(
+    fake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kprobe_options(fake) == ("--no-feature", "kprobe_session")
+    older = tmp_path / "older"
+    older.write_text("#!/bin/sh\necho 'USAGE: --no-feature can only have values ...' >&2; exit 1\n")
+    older.chmod(0o755)
+    assert kprobe_options(str(older)) == ()
+    with Tracer(fake, "", options=kprobe_options(fake), root=tmp_path) as tracer:
+        tracer.open_gate()
+        assert tracer.finish().ended_early is None
 
 
 def test_refuses_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

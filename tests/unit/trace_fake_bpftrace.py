@@ -63,7 +63,7 @@ def finish(number: int, frame: Optional[FrameType]) -> None:
 if "--version" in sys.argv:
     print(os.environ.get("FAKE_VERSION", "bpftrace v0.23.2"))
     sys.exit()
-assert sys.argv[1:5] == ["-f", "json", "-B", "line"]
+assert sys.argv[-5:-1] == ["-f", "json", "-B", "line"]
 if os.environ.get("FAKE_PIDFILE"):
     with open(os.environ["FAKE_PIDFILE"], "w") as out:
         out.write(str(os.getpid()))
