@@ -192,6 +192,7 @@ def command(
                 options=() if hooks.trampolines else kprobe_options(program),
                 unseen=hooks.missing,
                 filtered=pid is not None or comm is not None or cgroup is not None,
+                kprobes=not hooks.trampolines,
                 stop=stop,
             )
         )

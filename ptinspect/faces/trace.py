@@ -258,6 +258,7 @@ def _footer(result: TraceResult, totals: Totals) -> Table:
             Column("missed_calls", Kind.COUNT),
             Column("dropped", Kind.COUNT),
             Column("releases_lost", Kind.COUNT),
+            Column("destructors_unseen", Kind.COUNT),
             Column("RCU_batches", Kind.COUNT),
             Column("tables_in_RCU_batches", Kind.COUNT),
             Column("exact", Kind.TEXT),
@@ -272,6 +273,7 @@ def _footer(result: TraceResult, totals: Totals) -> Table:
                 result.missed,
                 sum(result.dropped.values()),
                 totals.lost_releases,
+                totals.gone_unseen,
                 totals.batches,
                 totals.batch_tables,
                 result.exact,
@@ -313,6 +315,10 @@ def _missing(result: TraceResult) -> Iterator[str]:
     yield from (f"dropped {count}: {what}" for what, count in sorted(result.dropped.items()))
     if totals.lost_releases:
         yield f"the release of {totals.lost_releases} tables was not seen"
+    if totals.gone_unseen:
+        yield (
+            f"{totals.gone_unseen} tables were released without their destructor having been seen"
+        )
     if totals.lost_records:
         yield f"{totals.lost_records} waiting or live tables are in no map: it was full"
     if totals.unattributed and not result.filtered:

@@ -53,6 +53,7 @@ class Tracer:
     :param options: for bpftrace, besides its own
     :param unseen: what the script cannot see on this kernel
     :param filtered: whether it follows only some processes
+    :param kprobes: whether its hooks are kprobes
     :param stop: set when the trace shall end
     :param root: where /proc is; for tests
     """
@@ -65,11 +66,13 @@ class Tracer:
         options: Sequence[str] = (),
         unseen: tuple[str, ...] = (),
         filtered: bool = False,
+        kprobes: bool = False,
         stop: threading.Event | None = None,
         root: Path = Path("/"),
     ) -> None:
         self._bpftrace, self._script, self._options = bpftrace, script, options
         self._unseen, self._filtered, self._root = unseen, filtered, root
+        self._kprobes = kprobes
         self.stop = stop or threading.Event()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = Reader()
@@ -221,7 +224,7 @@ class Tracer:
         5.12), a kprobe's link ``missed`` where the kernel has it.
         """
         folder = self._root / "proc" / str(self._process.pid) / "fdinfo"
-        missed, programs = 0, 0
+        missed, programs, links = 0, 0, 0
         try:
             for name in os.listdir(folder):
                 with contextlib.suppress(OSError):
@@ -230,9 +233,12 @@ class Tracer:
                         if key in ("recursion_misses", "missed"):
                             missed += int(value)
                             programs += key == "recursion_misses"
+                            links += key == "missed"
         except (OSError, ValueError):
             return None
-        return missed if programs else None
+        # A kprobe that is hit while another one runs is missed before any program is asked.
+        known = programs and (links or not self._kprobes)
+        return missed if known else None
 
     def so_far(self) -> tuple[int | None, int, int | None]:
         """Get calls missed, things dropped, and the change of nr_page_table_pages until now."""

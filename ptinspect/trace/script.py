@@ -321,6 +321,13 @@ class _Writer:
                 "$waits.2, $waits.1, nsecs - $waits.0, $waits.3, $waits.4);"
             )
         yield "    delete(@pending, $page);"
+        yield "    $live = @live[$page];"
+        yield "    if ($live.0) {  // its destructor was missed"
+        yield "      @gone_unseen[$live.3, $live.4, $live.1] = count();"
+        yield "      delete(@live, $page);"
+        if options.stacks and options.tables:
+            yield "      delete(@live_stack, $page);"
+        yield "    }"
         yield "  }"
         yield "}"
         yield ""
@@ -329,7 +336,15 @@ class _Writer:
         options = self._options
         maps = ["made", "made_pages", "gone", "gone_pages", "made_by"]
         if self._follow:
-            maps += ["gone_of", "freed", "freed_by", "wait_us", "lost_releases", "unlinked_first"]
+            maps += [
+                "gone_of",
+                "gone_unseen",
+                "freed",
+                "freed_by",
+                "wait_us",
+                "lost_releases",
+                "unlinked_first",
+            ]
             for hook, way in (
                 (self._hooks.gather, _RCU),
                 (self._hooks.defer, _DEFERRED),

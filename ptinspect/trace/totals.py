@@ -125,6 +125,8 @@ class Totals:
     lost_releases: int
     #: Tables made that no process could be named for: the map by process was full.
     unattributed: int | None
+    #: Tables that were released although their destructor had not been seen.
+    gone_unseen: int
     #: Waiting or live tables of which the maps should know and do not: they were full. 0 before the
     #: last reading, which alone has those maps.
     lost_records: int
@@ -189,6 +191,7 @@ class TraceResult:
             and not self.dropped
             and not self.totals.lost_releases
             and not self.totals.lost_records
+            and not self.totals.gone_unseen
             and (self.filtered or not self.totals.unattributed)
             and self.ended_early is None
             and self.counter.change == self.totals.net_pages
@@ -292,6 +295,7 @@ def read_totals(reading: Reading) -> Totals:
         waiting=waiting,
         lost_releases=lost,
         unattributed=sum(made.values()) - sum(sum(p.made) for p in processes),
+        gone_unseen=sum(map(int, reading.keyed("gone_unseen").values())),
         lost_records=lost_records,
         batch_tables=reading.number("batch_tables") if "batch_tables" in reading.maps else None,
         batches=reading.number("batches") if "batches" in reading.maps else None,
@@ -346,9 +350,10 @@ def _processes(reading: Reading, followed: bool) -> tuple[ProcessTotal, ...]:
     for key, count in reading.keyed("made_by").items():
         pid, comm, level = _process_key(key, 1)
         found[pid, comm].made[level] += int(count)
-    for key, count in reading.keyed("gone_of").items():
-        pid, comm, level = _process_key(key, 1)
-        found[pid, comm].gone[level] += int(count)
+    for name in ("gone_of", "gone_unseen"):
+        for key, count in reading.keyed(name).items():
+            pid, comm, level = _process_key(key, 1)
+            found[pid, comm].gone[level] += int(count)
     for key, count in reading.keyed("freed_by").items():
         pid, comm, way = _process_key(key, 2)
         found[pid, comm].freed[way] += int(count)

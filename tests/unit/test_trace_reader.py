@@ -123,6 +123,13 @@ def test_totals() -> None:
     assert by_pid[615, "exe"].freed == (0, 0, 91, 55, 0, 0)
 
 
+def test_destructors_that_were_missed_are_noticed() -> None:
+    late = read_totals(read({**MAPS, "gone_unseen": {"613,a,b,1": 1}}))
+    assert late.gone_unseen == 1
+    assert {(p.pid, p.live) for p in late.processes if p.pid == 613} == {(613, 2)}
+    assert not result(totals=replace(result().totals, gone_unseen=1)).exact
+
+
 def test_full_maps_are_noticed() -> None:
     # Five are said to wait, one is there; four are there of six that live.
     assert read_totals(read(MAPS)).lost_records == 4 + 0
