@@ -73,7 +73,13 @@ class Orphans:
 
 
 def describe_orphans(prog: Program, census: Census) -> Orphans:
-    """Find out what can be known of the pages that nothing accounts for."""
+    """
+    Find out what can be known of the pages that nothing accounts for.
+
+    :param prog: The kernel.
+    :param census: What :func:`take_census` found in it.
+    :return: Arrays, one row for each such page.
+    """
     indices = census.unexplained()
     if not len(indices):
         return Orphans((), 0, (), (), ())

@@ -272,6 +272,7 @@ def for_each_pgd_list_ptdesc(prog: Program) -> Iterator[Object]:
     """
     Iterate over the descriptors on x86's pgd_list: the PGD of every mm, in the list's order.
 
+    :param prog: The kernel.
     :return: Iterator of ``struct ptdesc *`` objects; ends where the list is broken.
     :raises ObjectNotFoundError: if the kernel has no such list
     """

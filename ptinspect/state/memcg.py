@@ -62,6 +62,9 @@ def read_memcgs(prog: Program, scan: MemmapScan) -> Memcgs:
     """
     Find the memory cgroup of every descriptor, following each obj_cgroup once.
 
+    :param prog: The kernel.
+    :param scan: What :func:`scan_memmap` found in it.
+    :return: For each row of the scan, its memory cgroup.
     :raises UsageError: if this kernel has no memory cgroups
     """
     if not ptdesc_has_member(prog, "pt_memcg_data"):
@@ -94,7 +97,9 @@ def memcg_path(prog: Program, memcg_data: int) -> str:
     """
     Get the path of the memory cgroup that a descriptor's ``pt_memcg_data`` names.
 
+    :param prog: The kernel.
     :param memcg_data: Not 0.
+    :return: The path below the root of the cgroup hierarchy.
     :raises ValueError: if it names no memory cgroup
     :raises FaultError: if what it names cannot be read
     """
@@ -124,7 +129,13 @@ def _cgroup_path(cgroup: Object) -> str:
 
 
 def memcg_usage(scan: MemmapScan, memcgs: Memcgs) -> list[MemcgUsage]:
-    """Add up descriptors and their pages by memory cgroup, the largest first."""
+    """
+    Add up descriptors and their pages by memory cgroup, the largest first.
+
+    :param scan: What :func:`scan_memmap` found.
+    :param memcgs: What :func:`read_memcgs` says of it.
+    :return: One for each memory cgroup that is charged.
+    """
     pages = np.left_shift(np.int64(1), scan.orders.astype(np.int64))
     usage = []
     own: dict[str, tuple[int, int]] = {}
