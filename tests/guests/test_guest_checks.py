@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import pytest
 from test_checks import test_silent_on_a_healthy_kernel
-
-pytestmark = pytest.mark.guest
 
 __all__ = ("test_silent_on_a_healthy_kernel",)
