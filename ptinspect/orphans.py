@@ -78,7 +78,7 @@ def describe_orphans(prog: Program, census: Census) -> Orphans:
 
     :param prog: The kernel.
     :param census: What :func:`take_census` found in it.
-    :return: Arrays, one row for each such page.
+    :return: The first of them, how many there are, and who may be about to use or free one.
     """
     indices = census.unexplained()
     if not len(indices):

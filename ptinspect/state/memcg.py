@@ -134,7 +134,7 @@ def memcg_usage(scan: MemmapScan, memcgs: Memcgs) -> list[MemcgUsage]:
 
     :param scan: What :func:`scan_memmap` found.
     :param memcgs: What :func:`read_memcgs` says of it.
-    :return: One for each memory cgroup that is charged.
+    :return: One for each memory cgroup that is charged, and one for what is charged to none.
     """
     pages = np.left_shift(np.int64(1), scan.orders.astype(np.int64))
     usage = []
