@@ -297,7 +297,8 @@ def read_totals(reading: Reading) -> Totals:
         unattributed=sum(made.values()) - sum(sum(p.made) for p in processes),
         gone_unseen=sum(map(int, reading.keyed("gone_unseen").values())),
         lost_records=lost_records,
-        batch_tables=reading.number("batch_tables") if "batch_tables" in reading.maps else None,
+        # bpftrace 0.23 does not print a sum that nothing was added to.
+        batch_tables=reading.number("batch_tables") if "batches" in reading.maps else None,
         batches=reading.number("batches") if "batches" in reading.maps else None,
         stacks=tuple(_stacks(reading)),
         pending=tuple(_pending(reading)),
