@@ -120,6 +120,8 @@ class Reader:
             return None
         # A full map, a failed read: bpftrace calls it helper_error or runtime_error.
         text = said.get("msg") or (data.get("msg") if isinstance(data, dict) else data)
+        if "Argument list too long" in str(text):  # E2BIG of an update (kernel/bpf/hashtab.c)
+            return Dropped(1, "updates of a map that was full (--max-tables makes maps larger)")
         return Dropped(1, f"bpftrace says {kind}: {text or line[:200]}")
 
     def _printf(self, text: str) -> Message | None:

@@ -46,6 +46,9 @@ def test_losses_are_counted() -> None:
     assert lost.count == 17
     full = reader.feed('{"type": "helper_error", "msg": "Map full", "retcode": -7}')
     assert full == Dropped(1, "bpftrace says helper_error: Map full")
+    e2big = reader.feed('{"type": "helper_error", "msg": "Argument list too long"}')
+    assert isinstance(e2big, Dropped)
+    assert "a map that was full" in e2big.what
     assert isinstance(reader.feed(said("nonsense\n")), Dropped)
     assert isinstance(reader.feed(said("made 1 2\n")), Dropped)
 
