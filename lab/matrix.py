@@ -268,6 +268,9 @@ def write_document() -> None:
         "",
         *(f"- {kind}: {what}" for kind, what in KINDS.items()),
         "",
+        "The suite itself looks at /proc/kcore in x86_64 and s390x guests with Debian 6.12",
+        "(tests/guests/test_live.py), and at a crash of x86_64 (tests/guests/test_vmcore.py).",
+        "",
         "| architecture | kernel | " + " | ".join(KINDS) + " |",
         "|---|---|" + "---|" * len(KINDS),
     ]
