@@ -228,7 +228,12 @@ def _judge(target: Sequence[str], told: dict[int, int], parents: dict[int, int])
     findings = answers["check"]["tables"]["findings"]
     if findings:
         return f"check: {findings[0]['invariant']}"
-    rows = {row["pid"]: row["pgtables_KiB"] for row in answers["ps"]["tables"]["spaces"]}
+    # A user half of page-table isolation has no count of its own.
+    rows = {
+        row["pid"]: row["pgtables_KiB"]
+        for row in answers["ps"]["tables"]["spaces"]
+        if row["pgtables_KiB"] is not None
+    }
     for pid, size in told.items():
         found = rows.get(pid, rows.get(parents.get(pid)))
         if found != size:
