@@ -139,7 +139,9 @@ def tree_child_not_foreign(context: Context, tally: Tally) -> Iterator[Finding]:
     tables, pages = context.tables, context.pages
     seen = context.there & pages.readable
     tally.examine(np.count_nonzero(seen))
-    mapped = ~pages.slab & ~pages.buddy & (pages.records["__page_mapping"] != 0)
+    # In all but the first page of a compound page that word is another one (ppc64's PUD tables of
+    # 4K pages are objects of slabs of several pages).
+    mapped = ~pages.slab & ~pages.buddy & ~pages.tail & (pages.records["__page_mapping"] != 0)
     # A typed page with a mapping is desc-mapping-zero's.
     suspect = seen & (pages.foreign | pages.lru | (mapped & ~pages.typed))
     _, first = np.unique(tables.address, return_index=True)
