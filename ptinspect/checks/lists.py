@@ -12,6 +12,7 @@ from ptinspect.checks.context import Context
 from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant
 from ptinspect.lists import BreakReason, walk_list_at
+from ptinspect.memory import among
 from ptinspect.state.lists import FREE_LIST, Role
 from ptinspect.tables.walk import RowState
 
@@ -140,7 +141,8 @@ def pending_not_linked(context: Context, tally: Tally) -> Iterator[Finding]:
         tally.miss(what)
     tally.examine(len(story.addresses))
     there = context.tables.state <= RowState.UNREADABLE
-    linked = np.isin(story.addresses, context.tables.address[there])
+    reached = among(story.addresses, context.tables.address[there])
+    linked = np.isin(story.addresses, np.array(sorted(reached), np.uint64))
     _, first = np.unique(story.addresses, return_index=True)
     twice = np.ones(len(story.addresses), np.bool_)
     twice[first] = False
