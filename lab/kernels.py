@@ -106,6 +106,12 @@ RECIPES: dict[str, Recipe] = {
     "x86_64-7.3": Recipe(
         "x86_64", "trixie-backports", "linux-source-7.3", ("common", "x86_64", "x86_64-7.3")
     ),
+    "x86_64-7.3-owner": Recipe(
+        "x86_64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "x86_64", "x86_64-7.3", "x86_64-7.3-owner"),
+    ),
     "x86_64-6.1": Recipe(
         "x86_64", "bookworm", "linux-source-6.1", ("common", "x86_64", "x86_64-6.1")
     ),

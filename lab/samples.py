@@ -66,6 +66,7 @@ SAMPLES: dict[str, Sample] = {
         kernel="x86_64-7.3",
         moving=True,
     ),
+    "x86_64-7.3-owner": Sample(f"{_X86_APPEND} page_owner=on", _X86_SMP),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
     # Locks that are too large for a descriptor.
     "x86_64-6.12-lockdep": Sample(_X86_APPEND, _X86_SMP),

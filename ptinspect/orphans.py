@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from drgn import Program
+from drgn import FaultError, Program
 
 from ptinspect.census import UNKNOWN_LEVEL, Census, Holder
 from ptinspect.kernel.paging import EntryClass
 from ptinspect.state.fields import direct_map_addresses
+from ptinspect.state.page_owner import PageOwner, page_owner, page_owner_enabled
 from ptinspect.state.pending import Way
 from ptinspect.state.rcu import Segment
 from ptinspect.state.stacks import KernelStack, kernel_stacks
@@ -54,6 +55,8 @@ class Orphan:
     used_as: tuple[UsedAs, ...]
     #: Stacks, or registers, with a word that names its descriptor or its memory, in words.
     on_stacks: tuple[str, ...]
+    #: Its allocation, if the kernel writes that down.
+    owner: PageOwner | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,17 @@ def _describe(prog: Program, census: Census, index: int, stacks: tuple[KernelSta
         after=_owner(census, pfn + pages),
         used_as=tuple(_used_as(prog, census, pfn, pages)),
         on_stacks=tuple(_naming(prog, census, index, stacks)),
+        owner=_page_owner(prog, pfn),
     )
+
+
+def _page_owner(prog: Program, pfn: int) -> PageOwner | None:
+    if not page_owner_enabled(prog):
+        return None
+    try:
+        return page_owner(prog, pfn)
+    except (FaultError, LookupError):
+        return None
 
 
 def _owner(census: Census, pfn: int) -> str:

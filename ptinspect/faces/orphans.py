@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from ptinspect.faces.report import Cell, Column, Kind, Table
 from ptinspect.orphans import Orphan, Orphans, UsedAs
+from ptinspect.state.page_owner import PageOwner
 
 
 def orphans_table(orphans: Orphans) -> Table:
@@ -22,6 +23,7 @@ def orphans_table(orphans: Orphans) -> Table:
             Column("page_after"),
             Column("holds"),
             Column("named_by"),
+            Column("allocated_by"),
         ),
         list(_rows(orphans.orphans)),
         f"What is known of them{rest}",
@@ -36,7 +38,18 @@ def _rows(orphans: tuple[Orphan, ...]) -> Iterator[tuple[Cell, ...]]:
             orphan.after or None,
             _holds(orphan.used_as),
             "; ".join(orphan.on_stacks) or None,
+            _allocated(orphan.owner),
         )
+
+
+def _allocated(owner: PageOwner | None) -> str | None:
+    if owner is None:
+        return None
+    freed = "" if owner.allocated else ", freed since"
+    return (
+        f"{owner.comm}/{owner.pid}, {owner.when / 1e9:.3f} s after boot{freed}: "
+        f"{' < '.join(owner.stack)}"
+    )
 
 
 def _holds(used_as: tuple[UsedAs, ...]) -> str | None:

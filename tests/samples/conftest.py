@@ -19,10 +19,12 @@ VMCORES = Path(__file__).parents[2] / "vmcores"
 
 #: A sample of a kernel under load: nothing was at rest, and the report came before.
 MOVING = "-load"
+#: A kernel that writes down who allocates pages; else like the sample without this suffix.
+OWNED = "-owner"
 
 
 @pytest.fixture(
-    scope="session", params=[name for name in sample_names() if not name.endswith(MOVING)]
+    scope="session", params=[name for name in sample_names() if not name.endswith((MOVING, OWNED))]
 )
 def sample(request: pytest.FixtureRequest) -> Iterator[Sample]:
     with opened(request.param) as found:
