@@ -55,8 +55,8 @@ class Orphan:
     used_as: tuple[UsedAs, ...]
     #: Stacks, or registers, with a word that names its descriptor or its memory, in words.
     on_stacks: tuple[str, ...]
-    #: Its allocation, if the kernel writes that down.
-    owner: PageOwner | None
+    #: Its allocation, if the kernel writes that down; words if that cannot be read.
+    owner: PageOwner | str | None
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def _describe(prog: Program, census: Census, index: int, stacks: tuple[KernelSta
     )
 
 
-def _page_owner(prog: Program, pfn: int) -> PageOwner | None:
+def _page_owner(prog: Program, pfn: int) -> PageOwner | str | None:
     if not page_owner_enabled(prog):
         return None
     try:
         return page_owner(prog, pfn)
-    except (FaultError, LookupError):
-        return None
+    except (FaultError, LookupError, AttributeError) as error:
+        return f"cannot be read: {error}"
 
 
 def _owner(census: Census, pfn: int) -> str:

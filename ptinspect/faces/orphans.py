@@ -42,9 +42,9 @@ def _rows(orphans: tuple[Orphan, ...]) -> Iterator[tuple[Cell, ...]]:
         )
 
 
-def _allocated(owner: PageOwner | None) -> str | None:
-    if owner is None:
-        return None
+def _allocated(owner: PageOwner | str | None) -> str | None:
+    if owner is None or isinstance(owner, str):
+        return owner
     freed = "" if owner.allocated else ", freed since"
     return (
         f"{owner.comm}/{owner.pid}, {owner.when / 1e9:.3f} s after boot{freed}: "
