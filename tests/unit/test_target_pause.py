@@ -147,6 +147,12 @@ def test_in_another_thread(tmp_path: Path) -> None:
     assert done == [["stop", "cont"]]
 
 
+def _heed_signals() -> None:
+    """What runs the tests may ignore some (nohup, jobs in the background); children inherit it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def hold(fake: FakeQemu, action: str) -> subprocess.Popen[str]:
     """Start a process that pauses the guest and does something."""
     process = subprocess.Popen(
@@ -154,6 +160,7 @@ def hold(fake: FakeQemu, action: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=_heed_signals,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "paused\n"
