@@ -5,16 +5,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Union
 
 import numpy as np
 
 from ptinspect.checks.context import Context
-from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
+from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally, Value
 from ptinspect.checks.registry import invariant
 from ptinspect.memory import read_blocks
-from ptinspect.state.fragments import PAGE_PROBLEMS
-from ptinspect.state.halves import HALF_PROBLEMS
+from ptinspect.state.fragments import PAGE_PROBLEMS, Fragments
+from ptinspect.state.halves import HALF_PROBLEMS, Halves
 from ptinspect.tables.entries import raw_entries
+
+#: A story with a row for each page, which names a problem.
+_Story = Union[Fragments, Halves]
+
+
+def _comparable(context: Context, tally: Tally, story: _Story) -> bool:
+    """Tell whether all was seen that the pages of a story are compared with; note what was not."""
+    for what in story.missing:
+        tally.miss(what)
+    if not context.whole:
+        tally.miss("not every table was seen: counts cannot be compared")
+    return context.whole
+
+
+def _contradictions(context: Context, tally: Tally, story: _Story) -> Iterator[int]:
+    """Get the rows of pages with a problem, unless something is going on in their space."""
+    tally.examine(np.count_nonzero(story.readable))
+    for row in np.flatnonzero(story.problem).tolist():
+        space = int(story.space[row])
+        busy = context.busy(space) if space >= 0 else ""
+        if busy:
+            tally.leave(busy)
+        else:
+            yield row
+
+
+def _page_finding(
+    context: Context,
+    story: _Story,
+    row: int,
+    message: str,
+    evidence: tuple[tuple[str, Value], ...],
+) -> Finding:
+    space, pfn = int(story.space[row]), int(story.pfn[row])
+    return Finding(
+        "page",
+        pfn * context.paging.page_bytes,
+        message,
+        evidence,
+        context.tables.spaces[space].name if space >= 0 else "",
+        f"show pfn:{pfn:#x}",
+    )
 
 
 @invariant(
@@ -36,30 +79,19 @@ def ppc_frag_refcount(context: Context, tally: Tally) -> Iterator[Finding]:
     story = context.census.stories.fragments
     if story is None:
         raise NotApplicableError("only ppc64 has table fragments")
-    for what in story.missing:
-        tally.miss(what)
-    if not context.whole:
-        tally.miss("not every table was seen: counts cannot be compared")
+    if not _comparable(context, tally, story):
         return
-    tally.examine(np.count_nonzero(story.readable))
-    for row in np.flatnonzero(story.problem).tolist():
-        space = int(story.space[row])
-        busy = context.busy(space) if space >= 0 else ""
-        if busy:
-            tally.leave(busy)
-            continue
-        pfn = int(story.pfn[row])
-        yield Finding(
-            "page",
-            pfn * context.paging.page_bytes,
+    for row in _contradictions(context, tally, story):
+        yield _page_finding(
+            context,
+            story,
+            row,
             f"page of fragments: {PAGE_PROBLEMS[int(story.problem[row])]}",
             (
                 ("pt_frag_refcount", int(story.refcount[row])),
                 ("expected", int(story.expected[row])),
                 ("arithmetic", story.arithmetic(row)),
             ),
-            context.tables.spaces[space].name if space >= 0 else "",
-            f"show pfn:{pfn:#x}",
         )
     for cache in story.caches:
         tally.examine(1)
@@ -92,30 +124,19 @@ def s390_half_state(context: Context, tally: Tally) -> Iterator[Finding]:
     story = context.census.stories.halves
     if story is None:
         raise NotApplicableError("only s390 up to 6.7 keeps two page tables in a page")
-    for what in story.missing:
-        tally.miss(what)
-    if not context.whole:
-        tally.miss("not every table was seen: counts cannot be compared")
+    if not _comparable(context, tally, story):
         return
-    tally.examine(np.count_nonzero(story.readable))
-    for row in np.flatnonzero(story.problem).tolist():
-        space = int(story.space[row])
-        busy = context.busy(space) if space >= 0 else ""
-        if busy:
-            tally.leave(busy)
-            continue
-        pfn = int(story.pfn[row])
-        yield Finding(
-            "page",
-            pfn * context.paging.page_bytes,
+    for row in _contradictions(context, tally, story):
+        yield _page_finding(
+            context,
+            story,
+            row,
             f"halves of a page: {HALF_PROBLEMS[int(story.problem[row])]}",
             (
                 ("bits", int(story.bits[row])),
                 ("linked", int(story.linked[row])),
                 ("deposited", int(story.deposited[row])),
             ),
-            context.tables.spaces[space].name if space >= 0 else "",
-            f"show pfn:{pfn:#x}",
         )
 
 

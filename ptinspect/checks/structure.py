@@ -39,6 +39,15 @@ def _slab_allowed(context: Context) -> BoolArray:
     return allowed
 
 
+def _without_count(context: Context) -> BoolArray:
+    """Tell, by row, whether nobody holds the page of the table."""
+    pages = context.pages
+    # The pages of a slab but the first have no count of their own.
+    counted_elsewhere = pages.slab | (pages.tail & _slab_allowed(context))
+    free: BoolArray = ~counted_elsewhere & (pages.refcounts < 1)
+    return free
+
+
 @invariant(
     "tree-entry-target-valid",
     severity=Severity.CORRUPTION,
@@ -65,10 +74,8 @@ def tree_entry_target_valid(context: Context, tally: Tally) -> Iterator[Finding]
     if unknown:
         tally.miss(f"the struct pages of {unknown} tables could not be read")
     linked &= pages.readable
-    may_be_slab = _slab_allowed(context)
-    slab = pages.slab & ~may_be_slab
-    # The other pages of a slab have no count of their own.
-    free = ~pages.slab & (pages.refcounts < 1) & ~(pages.tail & may_be_slab)
+    slab = pages.slab & ~_slab_allowed(context)
+    free = _without_count(context)
     for row in np.flatnonzero(linked & (pages.buddy | slab | free)).tolist():
         what = "free" if pages.buddy[row] or free[row] else "a slab"
         yield context.entry_finding(
@@ -335,13 +342,11 @@ def tree_leaf_in_vma(context: Context, tally: Tally) -> Iterator[Finding]:
 
     A mapping without an area is never unmapped: the page is read and written after it was freed.
     """
-    asked, batches = context.leaves.suspects("leaf-in-vma")
-    tally.examine(asked)
+    batches = _suspects(context, tally, "leaf-in-vma")
     for space in np.flatnonzero(context.process_space).tolist():
         if context.areas_problem(space):
             name = context.tables.spaces[space].name
             tally.miss(f"the areas of {name} cannot be read: {context.areas_problem(space)}")
-    _miss_unread(context, tally)
     for finding in _leaf_findings(context, batches, "lies in no memory area"):
         space = _space_of_finding(context, finding)
         busy = context.busy(space) if space is not None else ""
@@ -355,6 +360,14 @@ def _miss_unread(context: Context, tally: Tally) -> None:
     unread = context.unread()
     if unread:
         tally.miss(unread)
+
+
+def _suspects(context: Context, tally: Tally, name: str) -> list[Batch]:
+    """Get the suspects of a question about leaf entries; note what was not looked at."""
+    asked, batches = context.leaves.suspects(name)
+    tally.examine(asked)
+    _miss_unread(context, tally)
+    return batches
 
 
 def _space_of_finding(context: Context, finding: Finding) -> int | None:
@@ -415,9 +428,7 @@ def tree_leaf_not_table(context: Context, tally: Tally) -> Iterator[Finding]:
 
     It could write its own page tables, and with them map any memory.
     """
-    asked, batches = context.leaves.suspects("leaf-not-table")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "leaf-not-table")
     for batch in batches:
         keep = np.ones(len(batch.row), np.bool_)
         for n in range(len(batch.row)):
@@ -461,9 +472,7 @@ def kernel_no_user_leaf(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     if context.arch == "s390x":
         raise NotApplicableError("user mode has an address space of its own on s390")
-    asked, batches = context.leaves.suspects("kernel-no-user")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "kernel-no-user")
     yield from _leaf_findings(context, batches, "user mode may use a kernel mapping")
 
 
@@ -497,9 +506,7 @@ def user_no_kernel_leaf(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     if context.arch == "s390x":
         raise NotApplicableError("entries of s390 do not tell user from kernel")
-    asked, batches = context.leaves.suspects("user-no-kernel")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "user-no-kernel")
     yield from _leaf_findings(context, batches, "only the kernel may use a mapping of a process")
 
 
@@ -861,9 +868,7 @@ def hugetlb_leaf_size(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     if context.arch == "riscv64":
         raise NotApplicableError("several entries of riscv64 can make a huge page (Svnapot)")
-    asked, batches = context.leaves.suspects("hugetlb-leaf")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "hugetlb-leaf")
     yield from _leaf_findings(context, batches, "not of the size of its hugetlb area")
 
 
@@ -883,9 +888,7 @@ def arm64_cont_blocks(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     if context.arch != "arm64":
         raise NotApplicableError("only entries of arm64 have the contiguous hint")
-    asked, batches = context.leaves.suspects("cont-blocks")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "cont-blocks")
     yield from _leaf_findings(context, batches, "its contiguous block is not whole")
 
 
@@ -908,7 +911,7 @@ def root_not_freed(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     tables, pages = context.tables, context.pages
     roots = np.flatnonzero(tables.parent < 0)
-    free = ~pages.slab & (pages.refcounts < 1) & ~(pages.tail & _slab_allowed(context))
+    free = _without_count(context)
     for row in roots.tolist():
         if context.space_of(row).kind is SpaceKind.ISOLATED:
             # The second page of an allocation: its struct page says nothing.
@@ -962,9 +965,7 @@ def swap_entry_valid(context: Context, tally: Tally) -> Iterator[Finding]:
 
     The next fault on any other entry kills the process, or reads what is not its own.
     """
-    asked, batches = context.leaves.suspects("swap-valid")
-    tally.examine(asked)
-    _miss_unread(context, tally)
+    batches = _suspects(context, tally, "swap-valid")
     for batch in batches:
         yield from _value_findings(
             context,
