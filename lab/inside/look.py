@@ -71,6 +71,17 @@ def kernel_says(pids: list[int]) -> dict[str, object]:
     return {"nr_page_table_pages": int(counted[1]) if counted else None, "status": status}
 
 
+def settled(pids: list[int]) -> dict[str, object]:
+    """What /proc says once RCU let go of the tables of the last process that ended."""
+    said = kernel_says(pids)
+    for _ in range(20):
+        time.sleep(1)
+        before, said = said, kernel_says(pids)
+        if before == said:
+            break
+    return said
+
+
 SESSION = """
 import sys
 from drgn.commands import run_command
@@ -122,9 +133,9 @@ def main() -> None:
             re.sub(r"\{\w+\.\w+\}", lambda match: words[match[0]], word) for word in question
         ]
         print(f"@@live: {' '.join(arguments)}", flush=True)
-        before = kernel_says(pids)
+        before = settled(pids)
         answer = ask(arguments, RESULTS / f"{number:02}")
-        answers.append({**answer, "before": before, "after": kernel_says(pids)})
+        answers.append({**answer, "before": before, "after": settled(pids)})
     document = {
         "release": os.uname().release,
         "machine": os.uname().machine,

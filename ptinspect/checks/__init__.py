@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 from ptinspect.checks.model import Finding, Invariant, Result, Severity, Unverified, Verdict
-from ptinspect.checks.registry import invariants, unverified
+from ptinspect.checks.registry import invariants, load_families, unverified
 from ptinspect.checks.run import CheckResults, run_checks
+
+load_families()
 
 __all__ = (
     "CheckResults",
