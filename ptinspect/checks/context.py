@@ -13,7 +13,7 @@ from drgn import FaultError, Object, Program, TypeKind, cast
 
 from ptinspect.census import Census
 from ptinspect.checks.leaves import LeafPass
-from ptinspect.checks.model import Finding, Value
+from ptinspect.checks.model import Finding, Tally, Value
 from ptinspect.checks.pages import PageReader, Pages
 from ptinspect.kernel.descriptor import native_member_name, ptdesc_type
 from ptinspect.kernel.paging import Paging
@@ -24,6 +24,9 @@ from ptinspect.tables.vmas import Areas, try_areas
 from ptinspect.tables.walk import RowState, Tables
 
 Rows = npt.NDArray[np.intp]
+
+#: First address of the kernel half of x86_64.
+_X86_KERNEL_HALF = 1 << 63
 
 
 class Context:
@@ -99,6 +102,29 @@ class Context:
         return self.page_reader.read(self.tables.address // np.uint64(self.paging.page_bytes))
 
     @cached_property
+    def slab_allowed(self) -> BoolArray:
+        """bool, by row: the table may be an object of a slab cache."""
+        tables = self.tables
+        if self.arch == "ppc64":
+            # PUDs and the hash MMU's PGDs come from PGT_CACHE (arch/powerpc/mm/init-common.c).
+            allowed: BoolArray = tables.level >= 2
+        elif self.arch == "arm64":
+            # pgd_cache, if the PGD is smaller than a page (arch/arm64/mm/pgd.c).
+            allowed = tables.level == len(self.paging.levels) - 1
+        else:
+            allowed = np.zeros(len(tables), np.bool_)
+        return allowed
+
+    @cached_property
+    def without_count(self) -> BoolArray:
+        """bool, by row: nobody holds the page of the table."""
+        pages = self.pages
+        # The pages of a slab but the first have no count of their own.
+        counted_elsewhere = pages.slab | (pages.tail & self.slab_allowed)
+        free: BoolArray = ~counted_elsewhere & (pages.refcounts < 1)
+        return free
+
+    @cached_property
     def page_reader(self) -> PageReader:
         """Reads struct pages."""
         return PageReader(self.prog, self.census.scan)
@@ -110,6 +136,13 @@ class Context:
     def level_name(self, row: int) -> str:
         """Get the kernel's name of the level of a row."""
         return self.paging.levels[int(self.tables.level[row])].name
+
+    def user_half(self, va: AddressArray) -> BoolArray:
+        """Tell which addresses are not in the kernel half of x86_64, where its LDT can be."""
+        if self.arch != "x86_64":
+            return np.ones(len(va), np.bool_)
+        half: BoolArray = va < np.uint64(_X86_KERNEL_HALF)
+        return half
 
     def spans(self) -> npt.NDArray[np.uint64]:
         """uint64, by row: bytes of address space that each table translates."""
@@ -197,10 +230,11 @@ class Context:
         # The memory map itself, or memory that is mapped elsewhere.
         return not self.whole
 
-    def unread(self) -> str:
-        """Say how many tables could not be read; empty if all could."""
+    def miss_unread(self, tally: Tally) -> None:
+        """Note how many tables could not be read, if any."""
         count = int(np.count_nonzero(self.tables.state == RowState.UNREADABLE))
-        return f"{count} tables could not be read" if count else ""
+        if count:
+            tally.miss(f"{count} tables could not be read")
 
     # Areas.
 

@@ -9,12 +9,14 @@ each question is asked of whole batches of entries, and only what answers yes is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from ptinspect.checks.model import Finding, Tally
 from ptinspect.kernel.paging.model import EntryClass
 from ptinspect.memory import BoolArray
 from ptinspect.tables.entries import Entries, filled_entries
@@ -171,3 +173,29 @@ class LeafPass:
 
 def _joined(parts: list[Entries]) -> Entries:
     return parts[0] if len(parts) == 1 else Entries(*(np.concatenate(c) for c in zip(*parts)))
+
+
+def suspects(context: Context, tally: Tally, name: str) -> list[Batch]:
+    """
+    Get the suspects of a question; note what was not looked at.
+
+    :raises Exception: what the question raised
+    """
+    asked, batches = context.leaves.suspects(name)
+    tally.examine(asked)
+    context.miss_unread(tally)
+    return batches
+
+
+def leaf_findings(context: Context, batches: list[Batch], message: str) -> Iterator[Finding]:
+    """Report entries that map something, with what they map."""
+    for batch in batches:
+        targets = context.paging.leaf_targets(batch.value, batch.level, batch.slot)
+        for n in range(len(batch.row)):
+            yield context.slot_finding(
+                int(batch.row[n]),
+                int(batch.slot[n]),
+                int(batch.value[n]),
+                message,
+                maps=int(targets[n]),
+            )

@@ -96,7 +96,7 @@ class Invariant:
     """Something that is true of every healthy kernel."""
 
     id: str
-    #: structure, descriptor, lists, ...
+    #: structure, entries, mappings, ...
     family: str
     severity: Severity
     #: Where it applies, for people; the function decides.

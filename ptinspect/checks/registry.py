@@ -13,6 +13,8 @@ from ptinspect.errors import UsageError
 #: Modules of this folder that hold invariants.
 FAMILIES = (
     "structure",
+    "entries",
+    "mappings",
     "roots",
     "descriptor",
     "lists",

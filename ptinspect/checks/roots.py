@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Root tables: what else names them, and what they share with the kernel's."""
+"""Root tables: their pages, what else names them, and what they share with the kernel's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,41 @@ from ptinspect.kernel.paging.x86_64 import X86Paging
 from ptinspect.memory import read_blocks
 from ptinspect.tables.entries import raw_entries
 from ptinspect.tables.spaces import SpaceKind
+
+
+@invariant(
+    "root-not-freed",
+    severity=Severity.CORRUPTION,
+    applies="the root table of every space",
+    source="pgd_alloc(), pgd_free() of each architecture; mm/init-mm.c",
+    false_positives="live: the mm was freed between two reads",
+    breaks="an mm freed too early (mm_count), a write over mm->pgd",
+)
+def root_not_freed(context: Context, tally: Tally) -> Iterator[Finding]:
+    """
+    The root table of each space lies in memory that is in use.
+
+    A CPU that runs on a freed root translates through whatever is written there.
+    """
+    tables, pages = context.tables, context.pages
+    roots = np.flatnonzero(tables.parent < 0)
+    free = context.without_count
+    for row in roots.tolist():
+        if context.space_of(row).kind is SpaceKind.ISOLATED:
+            # The second page of an allocation: its struct page says nothing.
+            continue
+        tally.examine(1)
+        if not context.there[row] or pages.outside[row]:
+            yield context.table_finding(row, "the root is where the kernel has no memory")
+        elif not pages.readable[row]:
+            tally.miss("struct pages of root tables could not be read")
+        elif pages.buddy[row] or free[row]:
+            yield context.table_finding(
+                row,
+                "the root is a free page",
+                page_type=context.page_reader.name(pages.word(row)),
+                refcount=int(pages.refcounts[row]),
+            )
 
 
 @invariant(
