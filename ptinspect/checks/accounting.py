@@ -130,7 +130,7 @@ def mm_pgtables_bytes(context: Context, tally: Tally) -> Iterator[Finding]:
     spare = np.zeros(len(context.tables.spaces), np.int64)
     unsure = set()
     for ring in deposits.rings:
-        if ring.problem is None:
+        if ring.problem is None and ring.known:
             spare[ring.space] += len(ring.tables) * context.paging.levels[0].table_bytes
         else:
             unsure.add(ring.space)

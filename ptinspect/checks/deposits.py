@@ -110,6 +110,9 @@ def deposit_ring_sane(context: Context, tally: Tally) -> Iterator[Finding]:
     """
     story = _deposits(context)
     for ring in story.rings:
+        if not ring.known:
+            tally.miss(f"{ring_name(ring, context.tables)}: where its ring begins cannot be read")
+            continue
         tally.examine(1)
         if ring.problem is None:
             continue

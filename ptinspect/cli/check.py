@@ -65,10 +65,6 @@ def command(
     A guest that is stopped for it (--pause) runs on for a moment in between: what a CPU was in the
     middle of is no finding.
 
-    \b
-    Exit status: 1 if anything was found (whatever could not be seen), else 4 if not everything
-    could be seen, else 0.
-
     Example: ptinspect --sample x86_64-7.3 check
     """
     if list_:

@@ -45,8 +45,9 @@ def cli() -> None:
     options may stand before or after the command.
 
     \b
-    Exit status: 0 fine, 1 findings, 2 wrong usage, 3 the target cannot be opened,
-    4 the answer is incomplete (the dump lacks memory, or it went away while reading).
+    Exit status: 0 fine, 1 findings (whatever could not be seen), 2 wrong usage, 3 the target
+    cannot be opened, 4 nothing found but the answer is incomplete (the dump lacks memory, or it
+    went away while reading).
     """
 
 

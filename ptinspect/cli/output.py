@@ -66,9 +66,18 @@ def emit(report: Report, output_format: str) -> int:
             click.echo(f"ptinspect: finding: {escape(what)}", err=True)
         for what in report.missing:
             click.echo(f"ptinspect: incomplete: {escape(what)}", err=True)
-    if report.missing:
-        return ExitStatus.INCOMPLETE
-    return ExitStatus.FINDINGS if report.findings else ExitStatus.OK
+    return status_of(report)
+
+
+def status_of(report: Report) -> int:
+    """
+    Get the exit status that an answer deserves.
+
+    What was found is certain, whatever else could not be seen: findings come before that.
+    """
+    if report.findings:
+        return ExitStatus.FINDINGS
+    return ExitStatus.INCOMPLETE if report.missing else ExitStatus.OK
 
 
 def target_heading(target: Target) -> str:

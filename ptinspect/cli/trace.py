@@ -22,7 +22,7 @@ from drgn import Object
 from tabulate import tabulate
 
 from ptinspect.census import take_census
-from ptinspect.cli.output import emit
+from ptinspect.cli.output import emit, status_of
 from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.errors import ExitStatus, UsageError
 from ptinspect.faces.data import write_json
@@ -228,7 +228,7 @@ def command(
     text = io.StringIO()
     write_json(report, text)
     click.echo(json.dumps({"kind": "summary", **json.loads(text.getvalue())}))
-    return ExitStatus.INCOMPLETE if report.missing else ExitStatus.OK
+    return status_of(report)
 
 
 def _most_tables(elsewhere: bool) -> int:

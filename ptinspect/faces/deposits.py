@@ -107,6 +107,8 @@ def _ring_row(census: Census, ring: DepositRing) -> tuple[Cell, ...]:
 
 
 def _verdict(ring: DepositRing) -> str:
+    if not ring.known:
+        return "unreadable"
     if ring.agrees is None:
         return "broken"
     if ring.agrees:

@@ -55,7 +55,8 @@ class Report:
     tables: Sequence[Table]
     #: Sentences that belong to the answer: printed below the tables.
     notes: Sequence[str] = ()
-    #: What could not be seen; not empty means that the answer is incomplete (exit status 4).
+    #: What could not be seen; not empty means that the answer is incomplete (exit status 4, unless
+    #: something was found).
     missing: Sequence[str] = field(default=())
-    #: What contradicts itself in the target, a sentence each (exit status 1 if nothing is missing).
+    #: What contradicts itself in the target, a sentence each (exit status 1).
     findings: Sequence[str] = ()

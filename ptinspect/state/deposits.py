@@ -33,7 +33,7 @@ from ptinspect.kernel.descriptor import (
 from ptinspect.kernel.direct_map import direct_map_offset
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.lists import BreakReason, ListBreak, walk_list_at
-from ptinspect.memory import AddressArray, among, read_blocks
+from ptinspect.memory import AddressArray, BoolArray, among, read_blocks
 from ptinspect.state.huge_leaves import HugePage, read_huge_leaves
 from ptinspect.state.pmd_tables import PmdTables
 from ptinspect.state.told import Told
@@ -57,6 +57,8 @@ class DepositRing:
     huge: tuple[int, int, int, int]
     #: Where the ring is broken or wrong; ``None`` if it is whole.
     problem: str | None
+    #: Whether it could be read where the ring begins; if not, there may be one that is not seen.
+    known: bool = True
 
     @property
     def needed(self) -> int:
@@ -70,8 +72,8 @@ class DepositRing:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether there are as many tables as are needed; ``None`` if the ring is not whole."""
-        if self.problem is not None:
+        """Whether there are as many tables as are needed; ``None`` if not all could be seen."""
+        if self.problem is not None or not self.known:
             return None
         return self.needed <= len(self.tables) <= self.needed + self.undecided
 
@@ -132,7 +134,7 @@ def read_deposits(prog: Program, tables: Tables, pmds: PmdTables) -> Deposits:
     shape = _shape(prog)
     if shape is None:
         return Deposits((), False, False, False, np.empty(0, np.uint64), (), ())
-    site, firsts, missing = _ring_starts(prog, tables, pmds, shape)
+    site, firsts, known, missing = _ring_starts(prog, tables, pmds, shape)
     leaves = read_huge_leaves(prog, tables, pmds)
     kinds = len(HugePage)
     huge = np.bincount(
@@ -158,6 +160,7 @@ def read_deposits(prog: Program, tables: Tables, pmds: PmdTables) -> Deposits:
                 tables=spare,
                 huge=tuple(huge[number].tolist()),
                 problem=problem,
+                known=bool(known[number]),
             )
         )
     rings = list(_without_crossings(rings, tables))
@@ -198,12 +201,12 @@ def _mismatches(rings: list[DepositRing], tables: Tables) -> Iterator[str]:
 
 def _ring_starts(
     prog: Program, tables: Tables, pmds: PmdTables, shape: _Shape
-) -> tuple[npt.NDArray[np.intp], AddressArray, list[str]]:
+) -> tuple[npt.NDArray[np.intp], AddressArray, BoolArray, list[str]]:
     """
     Get where the rings begin.
 
-    :return: The ring's number of each PMD table, the first ``pgtable_t`` of each ring, what is
-        missing.
+    :return: The ring's number of each PMD table, the first ``pgtable_t`` of each ring, whether that
+        is known, what is missing.
     """
     missing = []
     if not shape.in_mm:
@@ -216,7 +219,8 @@ def _ring_starts(
         if gone:
             missing.append(f"{gone} PMD tables of mms are in pages that are not typed")
         known = pmds.readable & typed
-        return pmds.page, np.where(known, pmds.descriptors["pmd_huge_pte"], 0), missing
+        firsts = np.where(known, pmds.descriptors["pmd_huge_pte"], 0)
+        return pmds.page, firsts, known, missing
     offset = offsetof(prog.type("struct mm_struct"), "pmd_huge_pte")
     spaces, site = np.unique(tables.space[pmds.rows], return_inverse=True)
     mms = [space.mm.address if space.mm is not None else 0 for space in tables.spaces]
@@ -228,7 +232,8 @@ def _ring_starts(
         missing.append(f"pmd_huge_pte of {lost} mms could not be read")
     order = ptdesc_dtype(prog)["pmd_huge_pte"].byteorder
     firsts = words.data.reshape(-1).view(f"{order}u8").astype(np.uint64)
-    return site.reshape(-1).astype(np.intp), firsts, missing
+    firsts[~words.readable] = 0
+    return site.reshape(-1).astype(np.intp), firsts, words.readable, missing
 
 
 class _RingReader:
@@ -311,7 +316,9 @@ def tell_deposits(story: Deposits, tables: Tables, pfn: int, ptdesc: int) -> Ite
         name = ring_name(ring, tables)
         if ring.ptdesc == ptdesc:
             text = f"first of {len(ring.tables)} deposited tables, {ring.needed} needed"
-            if ring.problem is not None:
+            if not ring.known:
+                text = f"where its deposited tables begin cannot be read; {ring.needed} needed"
+            elif ring.problem is not None:
                 text += f"; broken: {ring.problem}"
             yield Told(text, "pmd_huge_pte")
         for position, table in enumerate(ring.tables):

@@ -59,9 +59,10 @@ def test_text() -> None:
 def test_exit_status(output_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert emit(report(), output_format) == 0
     assert emit(report(findings=[HOSTILE]), output_format) == 1
-    assert emit(report(findings=["f"], missing=["m"]), output_format) == 4
+    assert emit(report(findings=["f"], missing=["m"]), output_format) == 1
+    assert emit(report(missing=["m"]), output_format) == 4
     told = capsys.readouterr().err
-    lines = ["finding: " + escape(HOSTILE), "finding: f", "incomplete: m"]
+    lines = ["finding: " + escape(HOSTILE), "finding: f", "incomplete: m", "incomplete: m"]
     expected = [f"ptinspect: {line}\n" for line in lines] if output_format == "csv" else []
     assert told == "".join(expected)
 
