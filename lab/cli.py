@@ -17,12 +17,12 @@ from lab.arches import find_arch
 from lab.errors import LabError
 from lab.guest import Guest
 from lab.initramfs import build_workload, workload_initramfs
-from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel
+from lab.kernels import RECIPES, Kernel, build_kernel, debian_kernel, debian_modules
 from lab.live import crash, look_inside
 from lab.matrix import KINDS, run_matrix, write_document
 from lab.run import say
 from lab.shrink import shrink, verify
-from lab.silence import silence
+from lab.silence import LOAD_MODULES, silence
 from lab.truth import parse_report
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -69,12 +69,12 @@ def workload(arch: str) -> None:
     click.echo(workload_initramfs(machine))
 
 
-def _kernel(words: tuple[str, ...]) -> Kernel:
+def _kernel(words: tuple[str, ...], flavour: str | None = None) -> Kernel:
     """One word names a small kernel, three a Debian one."""
     if len(words) == 1:
         return build_kernel(words[0])
     if len(words) == 3:
-        return debian_kernel(*words)
+        return debian_kernel(*words, flavour)
     raise click.UsageError("KERNEL is the NAME of a small kernel, or SUITE ARCH SERIES")
 
 
@@ -126,14 +126,24 @@ def boot(
 @click.option("--rounds", default=20, show_default=True, help="Runs of each way.")
 @click.option("--seconds", default=3600.0, show_default=True, help="When to end at the latest.")
 @click.option("--append", default="", help="More words for the kernel command line.")
+@click.option("--flavour", help="What Debian appends to the release, if not the plain kernel's.")
+@click.option("--seed", default=1, show_default=True, help="Another seed, another load.")
 @click.option("--record", type=_NEW, required=True, help="Gets a line of JSON for each run.")
 def silence_command(
-    kernel: tuple[str, ...], rounds: int, seconds: float, append: str, record: Path
+    kernel: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    append: str,
+    flavour: str | None,
+    seed: int,
+    record: Path,
 ) -> None:
     """Run ptinspect check on a KERNEL under load, again and again, live and paused in turn."""
-    chosen = _kernel(kernel)
+    chosen = _kernel(kernel, flavour)
+    modules = debian_modules(kernel[0], chosen, LOAD_MODULES) if len(kernel) == 3 else ()
     bad = number = 0
-    for run in silence(chosen, rounds, seconds, record, append):
+    runs = silence(chosen, rounds, seconds, record, seed=seed, modules=modules, append=append)
+    for run in runs:
         number += 1
         bad += bool(run.findings)
         for finding in run.findings:

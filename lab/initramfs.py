@@ -10,6 +10,7 @@ buffer-format.rst), written here so that device nodes need no root.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,10 @@ def build_workload(arch: Arch) -> Path:
     :return: the program, in the cache
     :raises LabError: if there is no compiler or it fails
     """
-    program = cache("workload") / f"init-{arch.name}"
     sources = sorted(WORKLOAD.glob("*.[ch]"))
-    newest = max(path.stat().st_mtime for path in sources)
-    if program.exists() and program.stat().st_mtime >= newest:
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    program = cache("workload") / f"init-{arch.name}-{digest}"
+    if program.exists():
         return program
     package = f"gcc-{arch.triplet} libc6-dev-{arch.debian}-cross" if arch.cross else "gcc"
     compiler = tool(f"{arch.cross}gcc", package)

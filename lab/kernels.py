@@ -102,6 +102,14 @@ def _kvm_without_sie(path: str, shadow: str) -> tuple[Edit, ...]:
 _KVM_6 = _kvm_without_sie("arch/s390/kvm/kvm-s390.c", _SHADOW_6)
 _KVM_7 = _kvm_without_sie("arch/s390/kvm/s390/s390.c", _SHADOW_7)
 
+#: Kernel tables are freed later where drivers of IOMMUs ask for it. Those want PCI and ACPI, which
+#: double the debug file; without them the flush of the I/O TLBs does nothing, the rest is the same.
+_FREE_LATER = Edit(
+    "arch/x86/Kconfig",
+    "\tselect ASYNC_KERNEL_PGTABLE_FREE\tif IOMMU_SVA\n",
+    "\tselect ASYNC_KERNEL_PGTABLE_FREE\n",
+)
+
 RECIPES: dict[str, Recipe] = {
     "x86_64-7.3": Recipe(
         "x86_64", "trixie-backports", "linux-source-7.3", ("common", "x86_64", "x86_64-7.3")
@@ -111,6 +119,13 @@ RECIPES: dict[str, Recipe] = {
         "trixie-backports",
         "linux-source-7.3",
         ("common", "x86_64", "x86_64-7.3", "x86_64-7.3-owner"),
+    ),
+    "x86_64-7.3-async": Recipe(
+        "x86_64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "x86_64", "x86_64-7.3", "x86_64-7.3-async"),
+        (_FREE_LATER,),
     ),
     "x86_64-6.1": Recipe(
         "x86_64", "bookworm", "linux-source-6.1", ("common", "x86_64", "x86_64-6.1")

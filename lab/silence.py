@@ -1,17 +1,28 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``check`` on a guest under load, many times: a healthy kernel gives no finding."""
+"""
+``check`` on a guest under load, many times: a healthy kernel gives no finding.
+
+The load is lab/workload/load.h. The guest has two memory nodes where its machine can, and modules
+to load again and again and a RAM disk to swap to where its kernel is Debian's.
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from drgn import Program
+from drgn.helpers.linux.cpumask import for_each_online_cpu
+from drgn.helpers.linux.percpu import per_cpu
+
+from lab.arches import Arch
 from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel
@@ -22,6 +33,24 @@ from ptinspect.target import Target, TargetOptions, open_target
 
 #: Longest time that the guest runs on between two looks, in seconds.
 _RUN_ON = 0.5
+
+#: Of Debian's kernels, in load order: the first comes and goes, the second is swapped to.
+LOAD_MODULES = ("loop", "brd")
+
+_MEMORY = 1024
+
+#: What the kernel counted of the things that the load is to do (include/linux/vm_event_item.h).
+_EVENTS = (
+    *("PGFAULT", "PSWPIN", "PSWPOUT", "PGMIGRATE_SUCCESS", "NUMA_PTE_UPDATES", "NUMA_HINT_FAULTS"),
+    *(
+        "THP_FAULT_ALLOC",
+        "THP_COLLAPSE_ALLOC",
+        "THP_SPLIT_PMD",
+        "THP_SWPOUT",
+        "THP_MIGRATION_SUCCESS",
+    ),
+    *("COW_KSM", "HTLB_BUDDY_PGALLOC", "COMPACTSUCCESS"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,8 @@ class Run:
     seconds: float
     #: Processes that the guest has ever made: tells that it was under load.
     forks: int
+    #: What its kernel has counted since it booted, by name.
+    events: dict[str, int]
     #: What was found and persisted: false findings, unless the kernel is broken.
     findings: tuple[str, ...]
     #: What a single look gave that was gone at the next.
@@ -44,7 +75,14 @@ class Run:
 
 
 def silence(
-    kernel: Kernel, rounds: int, seconds: float, record: Path, append: str = ""
+    kernel: Kernel,
+    rounds: int,
+    seconds: float,
+    record: Path,
+    *,
+    seed: int = 1,
+    modules: Sequence[Path] = (),
+    append: str = "",
 ) -> Iterator[Run]:
     """
     Boot a kernel under load and run all invariants again and again, live and stopped in turn.
@@ -52,10 +90,14 @@ def silence(
     :param rounds: Runs of each way, at most.
     :param seconds: When to stop at the latest.
     :param record: Gets a line of JSON for each run.
+    :param seed: Where the random choices of the load and of the moments begin.
+    :param modules: More modules for the guest: :data:`LOAD_MODULES`.
     :param append: More words for the kernel command line.
     """
     end = time.monotonic() + seconds
-    with _loaded(kernel, append) as (guest, target), record.open("a") as out:
+    random.seed(seed)
+    words = f"lab_load=2 lab_hugepages=6 lab_seed={seed} {append}"
+    with _loaded(kernel, modules, words) as (guest, target), record.open("a") as out:
         for number in range(2 * rounds):
             if time.monotonic() > end:
                 say(f"the time is over after {number} runs")
@@ -72,25 +114,61 @@ def silence(
                 return
             took = time.monotonic() - start
             forks = int(target.prog["total_forks"])
-            run = _run(kernel.release, "live" if live else "paused", took, forks, first, last)
+            way = "live" if live else "paused"
+            run = _run(kernel.release, way, took, forks, _events(target.prog), first, last)
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()
             yield run
 
 
 @contextmanager
-def _loaded(kernel: Kernel, append: str) -> Iterator[tuple[Guest, Target]]:
-    initrd = workload_initramfs(kernel.arch, kernel.modules)
-
-    def make() -> Guest:
-        return Guest(
-            kernel.arch, kernel.image, initrd, memory=1024, smp="2", append=f"lab_load=1 {append}"
+def _loaded(kernel: Kernel, modules: Sequence[Path], append: str) -> Iterator[tuple[Guest, Target]]:
+    with tempfile.TemporaryDirectory(prefix="lab-") as folder:
+        # Not the cache's: another guest of the same architecture has other modules.
+        initrd = workload_initramfs(
+            kernel.arch, (*kernel.modules, *modules), Path(folder) / "initramfs"
         )
 
-    with booted(make, "@@ready", timeout=900) as guest:
-        options = TargetOptions(qemu=str(guest.qmp_socket), symbols=(kernel.vmlinux,))
-        with open_target(options) as target:
-            yield guest, target
+        def make() -> Guest:
+            return Guest(
+                kernel.arch,
+                kernel.image,
+                initrd,
+                memory=_MEMORY,
+                smp="2",
+                append=append,
+                extra=_nodes(kernel.arch),
+            )
+
+        with booted(make, "@@begun", timeout=900) as guest:
+            options = TargetOptions(qemu=str(guest.qmp_socket), symbols=(kernel.vmlinux,))
+            with open_target(options) as target:
+                yield guest, target
+
+
+def _nodes(arch: Arch) -> tuple[str, ...]:
+    """Get QEMU's options for two memory nodes of one CPU each."""
+    if arch.name == "s390x":
+        return ()
+    options: list[str] = []
+    for node in range(2):
+        options += ["-object", f"memory-backend-ram,id=node{node},size={_MEMORY // 2}M"]
+        options += ["-numa", f"node,nodeid={node},cpus={node},memdev=node{node}"]
+    return tuple(options)
+
+
+def _events(prog: Program) -> dict[str, int]:
+    """Read the kernel's event counters, summed over CPUs."""
+    states = prog["vm_event_states"]
+    cpus = [per_cpu(states, cpu).event for cpu in for_each_online_cpu(prog)]
+    counted = {}
+    for name in _EVENTS:
+        try:
+            number = int(prog.constant(name))
+        except LookupError:
+            continue  # this kernel does not count it
+        counted[name.lower()] = sum(int(events[number]) for events in cpus)
+    return counted
 
 
 def _live(target: Target) -> tuple[CheckResults, CheckResults]:
@@ -118,6 +196,7 @@ def _run(
     way: str,
     seconds: float,
     forks: int,
+    events: dict[str, int],
     first: CheckResults,
     last: CheckResults,
 ) -> Run:
@@ -136,6 +215,7 @@ def _run(
         way=way,
         seconds=round(seconds, 2),
         forks=forks,
+        events=events,
         findings=tuple(told),
         vanished=tuple(gone),
         set_aside=tuple(aside),

@@ -10,12 +10,15 @@
  *	lab_sparse=N	sparse tables to make (48)
  *	lab_hugepages=N	huge pages for hugetlb (4)
  *	lab_load=1	after the report, keep forking, mapping and exiting for ever
+ *	lab_load=2	the same with everything that changes page tables (load.h)
+ *	lab_seed=N	where the random choices of lab_load=2 begin
  *	lab_contend=N	after the report, N threads want the lock of one table for ever
  *	lab_scatter=1	the sparse tables lie apart from each other, in another order than their addresses
  *	lab_quiet=1	no report: for measurements with very many tables
  *	lab_idle=1	only load modules, mount, and say @@ready
  */
 #include "gmap.h"
+#include "load.h"
 #include "report.h"
 #include "states.h"
 
@@ -289,6 +292,8 @@ int main(int argc, char **argv)
 	long folded;
 
 	page_size = sysconf(_SC_PAGESIZE);
+	if (argc > 1 && !strcmp(argv[1], "load-nothing"))
+		return 0;
 	if (argc > 1 && getpid() != 1) {
 		/* Executed again by make_gmaps(): the ledger is a file that both map. */
 		int fd = open("/tmp/ledger", O_RDWR);
@@ -297,6 +302,14 @@ int main(int argc, char **argv)
 		if (ledger == MAP_FAILED)
 			return 1;
 		prctl(PR_SET_NAME, argv[1]);
+		if (!strncmp(argv[1], "load-", 5)) {
+			ledger->count = 0;
+			if (strcmp(argv[1], "load-gmap"))
+				state_gmap_shadow();
+			else
+				state_gmap();
+			return 0;
+		}
 		list_process();
 		for (size_t i = 0; i < sizeof(gmap_states) / sizeof(*gmap_states); i++)
 			if (!strcmp(argv[1], gmap_states[i].name))
@@ -363,6 +376,8 @@ int main(int argc, char **argv)
 			break;
 	}
 	printf("@@ready\n");
+	if (option("lab_load", 0) > 1)
+		keep_loading_all();
 	if (option("lab_load", 0))
 		keep_loading();
 	if (option("lab_contend", 0))
