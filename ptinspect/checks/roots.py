@@ -14,6 +14,7 @@ from drgn import FaultError
 from ptinspect.checks.context import Context
 from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant, not_verified
+from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.kernel.paging.x86_64 import X86Paging
 from ptinspect.memory import read_blocks
@@ -102,6 +103,8 @@ def s390_asce_root(context: Context, tally: Tally) -> Iterator[Finding]:
 
 #: Of a process-table entry (arch/powerpc/include/asm/book3s/64/mmu.h): base, size of the root.
 _RPDB_MASK, _RPDS_MASK = 0x0FFFFFFFFFFFFF00, 0x1F
+#: MMU_NO_CONTEXT: what destroy_context() leaves.
+_NO_CONTEXT = (1 << 64) - 1
 
 
 @invariant(
@@ -109,7 +112,8 @@ _RPDB_MASK, _RPDS_MASK = 0x0FFFFFFFFFFFFF00, 0x1F
     severity=Severity.CORRUPTION,
     applies="every mm; ppc64 with the radix MMU",
     source="radix__init_new_context(), arch_exit_mmap() (arch/powerpc/mm/book3s64/mmu_context.c)",
-    false_positives="an mm that exits: its entry is cleared first",
+    false_positives="an mm that exits: its entry is cleared first; one that fork copied and that "
+    "has no id of its own yet; live: an mm that ended, and a new one in its place",
     breaks="a context id used twice, a write over the process table or mm->pgd",
 )
 def radix_process_table(context: Context, tally: Tally) -> Iterator[Finding]:
@@ -123,21 +127,39 @@ def radix_process_table(context: Context, tally: Tally) -> Iterator[Finding]:
         raise NotApplicableError("only ppc64 with the radix MMU has a process table")
     base = int(table.value_())
     size = context.paging.levels[-1].entries.bit_length() - 1
+    #: Entries by context id, of the mms that a task has.
+    owned: dict[int, int] = {}
+    suspects = []
     for number in np.flatnonzero(context.user_space).tolist():
         mm = context.mm(number)
         assert mm is not None
         id = int(mm.context.id.value_())
-        (entry,) = struct.unpack(">Q", context.prog.read(base + 16 * id, 8))
-        tally.examine(1)
-        expected = context.tables.spaces[number].root.address | size
-        if entry & (_RPDB_MASK | _RPDS_MASK) == expected:
-            continue
-        if not entry and int(mm.mm_users.counter.value_()) <= 0:
+        if id == _NO_CONTEXT:
             tally.leave("the mm is being torn down")
             continue
-        yield context.mm_finding(
-            number, "the process table does not name its pgd", entry=entry, context_id=id
-        )
+        (entry,) = struct.unpack(">Q", context.prog.read(base + 16 * id, 8))
+        tally.examine(1)
+        space = context.tables.spaces[number]
+        if entry & (_RPDB_MASK | _RPDS_MASK) != space.root.address | size:
+            suspects.append((number, id, entry))
+        elif space.tasks:
+            owned[id] = entry
+    for number, id, entry in suspects:
+        mm = context.mm(number)
+        assert mm is not None
+        space = context.tables.spaces[number]
+        if virtual_to_physical(context.prog, int(mm.pgd.value_())) != space.root.address:
+            # Ids, roots and mms are used again at once, so that each look may see the same.
+            tally.leave("the mm has another root than a moment before")
+        elif not entry and int(mm.mm_users.counter.value_()) <= 0:
+            tally.leave("the mm is being torn down")
+        elif not space.tasks and owned.get(id) == entry:
+            # dup_mm() copies the parent's id; mm_init() makes the root before the id.
+            tally.leave("a copy of an mm that has no context id of its own yet")
+        else:
+            yield context.mm_finding(
+                number, "the process table does not name its pgd", entry=entry, context_id=id
+            )
 
 
 #: Entries of x86 root tables.

@@ -4,6 +4,7 @@
 For each invariant the smallest corruption that breaks it, and where it has to be found.
 
 A function damages a target and returns the address that a finding of that invariant must have.
+What only debug information can break is broken there, before anything else asks for the types.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from collections.abc import Callable
 
 import numpy as np
 from damage import Damage, NotHereError
+from drgn import Program
+from retype import move_member
 
 from ptinspect.kernel.descriptor import byte_order, flags_bit, page_type_test
 from ptinspect.kernel.direct_map import virtual_to_physical
 from ptinspect.kernel.paging import EntryClass, Permission
 from ptinspect.kernel.paging.model import PLAIN_SWAP
 from ptinspect.state.gmap import Gmap
+from ptinspect.state.lists import FREE_LIST
 from ptinspect.tables.spaces import Space, SpaceKind
 from ptinspect.tables.vmas import VM_HUGETLB
 
@@ -26,11 +30,8 @@ Corruption = Callable[[Damage], int]
 
 CORRUPTIONS: dict[str, Corruption] = {}
 
-#: What cannot be broken by damaging memory, and where it is proven instead.
-ELSEWHERE = {
-    "kernel-work-list": "not proven: no sample frees kernel tables later",
-    "table-match": "types, not memory: tests/unit/test_checks_run.py",
-}
+#: Those that change a type of a program, not its memory.
+RETYPINGS: dict[str, Callable[[Program], int]] = {}
 
 
 def breaks(id: str) -> Callable[[Corruption], Corruption]:
@@ -42,6 +43,16 @@ def breaks(id: str) -> Callable[[Corruption], Corruption]:
         return corruption
 
     return enter
+
+
+def move_a_member_of_ptdesc(prog: Program) -> int:
+    try:
+        return move_member(prog, "ptdesc", "pt_index", 4)
+    except LookupError:
+        raise NotHereError("this kernel has no struct ptdesc") from None
+
+
+RETYPINGS["table-match"] = move_a_member_of_ptdesc
 
 
 # The trees.
@@ -474,6 +485,16 @@ def break_a_back_link(d: Damage) -> int:
             d.write_page_member(found.pfns[0], "pt_list.prev", found.head ^ 0x10)
             return found.head
     raise NotHereError("no descriptor is on a list of this kernel")
+
+
+@breaks("kernel-work-list")
+def type_a_table_that_waits(d: Damage) -> int:
+    listed = d.census.stories.lists.named(FREE_LIST)
+    if listed is None:
+        raise NotHereError("this kernel frees its tables at once")
+    if not listed.pfns:
+        raise NotHereError("no kernel table waits to be freed")
+    return d.write_page_member(listed.pfns[0], "__page_type", page_type_test(d.prog).canonical)
 
 
 @breaks("table-on-no-list")

@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from corruptions import CORRUPTIONS, ELSEWHERE
+from corruptions import CORRUPTIONS, RETYPINGS
 from damage import Damage, NotHereError
 from drgn import Program
 from overlay import Overlay
 
 from ptinspect.census import take_census
-from ptinspect.checks import invariants, run_checks, unverified
+from ptinspect.checks import CheckResults, invariants, run_checks, unverified
 from ptinspect.target import TargetOptions, open_target, sample_names
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "invariants.md"
@@ -46,7 +46,20 @@ def try_corruption(prog: Program, overlay: Overlay, id: str) -> Cell:
             expected = CORRUPTIONS[id](Damage(overlay, take_census(prog), stack))
         except NotHereError as error:
             return Cell(None, str(error))
-        results = run_checks(prog)
+        return _judge(id, expected, run_checks(prog))
+
+
+def try_retyping(name: str, id: str) -> Cell:
+    """Open a sample once more, change a type, and run everything."""
+    with open_target(TargetOptions(sample=name)) as target:
+        try:
+            expected = RETYPINGS[id](target.prog)
+        except NotHereError as error:
+            return Cell(None, str(error))
+        return _judge(id, expected, run_checks(target.prog))
+
+
+def _judge(id: str, expected: int, results: CheckResults) -> Cell:
     found = [f for f in results.findings if f.invariant == id]
     others = tuple(sorted({f.invariant for f in results.findings} - {id}))
     failed = [r.invariant.id for r in results.results if r.verdict.value == "failed"]
@@ -58,10 +71,11 @@ def try_corruption(prog: Program, overlay: Overlay, id: str) -> Cell:
     return Cell(False, f"expected {expected:#x}, found {[hex(p) for p in places]}", others)
 
 
-def matrix(prog: Program) -> dict[str, Cell]:
-    """Try every corruption on one sample."""
+def matrix(prog: Program, name: str) -> dict[str, Cell]:
+    """Try every corruption on one sample, of which *prog* is the opened dump."""
     overlay = Overlay(prog)
-    return {id: try_corruption(prog, overlay, id) for id in CORRUPTIONS}
+    cells = {id: try_corruption(prog, overlay, id) for id in CORRUPTIONS}
+    return cells | {id: try_retyping(name, id) for id in RETYPINGS}
 
 
 def reference() -> list[str]:
@@ -96,10 +110,6 @@ def render(matrices: dict[str, dict[str, Cell]]) -> str:
     ]
     notes: dict[tuple[str, str], list[str]] = {}
     for one in invariants():
-        if one.id not in CORRUPTIONS:
-            where = ELSEWHERE.get(one.id, "NOT PROVEN")
-            lines.append(f"| `{one.id}` | " + " | ".join("" for _ in names) + f" | {where} |")
-            continue
         cells = [matrices[name][one.id] for name in names]
         words = []
         for name, cell in zip(names, cells):
@@ -126,7 +136,7 @@ def main(names: Iterable[str]) -> None:
     # The kernel that writes down who allocates pages has no other invariants.
     for name in chosen or (n for n in sample_names() if not n.endswith("-owner")):
         with open_target(TargetOptions(sample=name)) as target:
-            matrices[name] = matrix(target.prog)
+            matrices[name] = matrix(target.prog, name)
     if chosen:
         for name, cells in matrices.items():
             for id, cell in cells.items():

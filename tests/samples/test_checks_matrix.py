@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from corruptions import CORRUPTIONS, ELSEWHERE
+from corruptions import CORRUPTIONS, RETYPINGS
 from matrix import DOCUMENT, matrix, reference
 from opened import Sample
 
@@ -12,7 +12,7 @@ from ptinspect.checks import invariants, run_checks
 
 
 def test_every_invariant_has_a_corruption() -> None:
-    assert {one.id for one in invariants()} == {*CORRUPTIONS, *ELSEWHERE}
+    assert {one.id for one in invariants()} == {*CORRUPTIONS, *RETYPINGS}
 
 
 def documented(name: str) -> dict[str, str]:
@@ -25,7 +25,7 @@ def documented(name: str) -> dict[str, str]:
 
 
 def test_every_corruption_is_found(sample: Sample) -> None:
-    cells = matrix(sample.prog)
+    cells = matrix(sample.prog, sample.name)
     assert {id: cell.why for id, cell in cells.items() if cell.caught is False} == {}
     words = {id: "-" if cell.caught is None else "caught" for id, cell in cells.items()}
     told = documented(sample.name)
