@@ -186,6 +186,29 @@ def persisting(results: CheckResults, again: CheckResults) -> CheckResults:
     return replace(results, results=tuple(_intersect(results.results, again.results)))
 
 
+def excused(results: CheckResults, excuse: Callable[[Finding], str | None]) -> CheckResults:
+    """
+    Set findings aside that somebody can explain.
+
+    :param excuse: Called with each finding; says why it is none, or ``None``.
+    """
+    return replace(results, results=tuple(_excused(one, excuse) for one in results.results))
+
+
+def _excused(result: Result, excuse: Callable[[Finding], str | None]) -> Result:
+    kept: list[Finding] = []
+    aside = dict(result.set_aside)
+    for finding in result.findings:
+        why = excuse(finding)
+        if why is None:
+            kept.append(finding)
+        else:
+            aside[why] = aside.get(why, 0) + 1
+    if len(kept) == len(result.findings):
+        return result
+    return _judged(replace(result, findings=tuple(kept), set_aside=tuple(aside.items())))
+
+
 def _intersect(results: Sequence[Result], again: Sequence[Result]) -> list[Result]:
     seen = {result.invariant.id: result for result in again}
     return [

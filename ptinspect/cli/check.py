@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import click
 
 from ptinspect.checks import CheckResults, Severity, invariants, run_checks, unverified
-from ptinspect.checks.run import persisting
+from ptinspect.checks.run import excused, persisting
 from ptinspect.cli.output import FORMATS, ProgressLine, emit, target_heading
 from ptinspect.cli.target_options import chosen_target, target_options
+from ptinspect.cli.traced import read_trace, trace_option
 from ptinspect.errors import ExitStatus, UsageError
 from ptinspect.faces.check import check_report, explain, list_report, write_junit
 from ptinspect.target import TargetKind, TargetOptions, open_target
@@ -40,6 +42,7 @@ _RUN_ON = 0.3
     is_flag=True,
     help="With --pause: do not let the guest run on to look again at what is found.",
 )
+@trace_option
 @click.option(
     "--format",
     "output_format",
@@ -56,6 +59,7 @@ def command(
     severity: str,
     most: int,
     one_instant: bool,
+    trace: Path | None,
     output_format: str,
 ) -> int:
     """
@@ -63,7 +67,8 @@ def command(
 
     On a target that runs, what is found is looked at again, and kept only if it is still the same.
     A guest that is stopped for it (--pause) runs on for a moment in between: what a CPU was in the
-    middle of is no finding.
+    middle of is no finding. With --trace, neither is a table that the trace knows to wait for its
+    release, or to be just made.
 
     Example: ptinspect --sample x86_64-7.3 check
     """
@@ -81,6 +86,8 @@ def command(
         finally:
             progress.close()
         heading, racing = target_heading(target), target.racing
+        if trace is not None:
+            results = excused(results, read_trace(trace, target).excuse)
         stopped = target.kind is TargetKind.QEMU and options.pause
     if stopped and results.findings and not one_instant:
         results = _look_again(options, results)

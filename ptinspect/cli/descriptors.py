@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,7 @@ from ptinspect.cli.census import survey
 from ptinspect.cli.output import emit, format_option, target_heading, walk_option
 from ptinspect.cli.spaces import find_space
 from ptinspect.cli.target_options import chosen_target, target_options
+from ptinspect.cli.traced import read_trace, trace_option
 from ptinspect.errors import UsageError
 from ptinspect.faces.descriptors import list_report, show_report
 from ptinspect.faces.orphans import orphans_notes, orphans_table
@@ -64,6 +66,7 @@ _LEVEL = click.Choice(["PTE", "PMD", "PUD", "P4D", "PGD"], case_sensitive=False)
 @click.option(
     "--untyped", is_flag=True, help="Instead, the pages that hold tables but are not typed as such."
 )
+@trace_option
 @walk_option
 @format_option
 def list_command(
@@ -78,6 +81,7 @@ def list_command(
     columns: str | None,
     sort: str | None,
     limit: int | None,
+    trace: Path | None,
     walk: bool,
     output_format: str,
 ) -> int:
@@ -97,10 +101,14 @@ def list_command(
         if value is not None
     )
     conditions += tuple(f"flags & {flag}" for flag in flags)
+    if trace is not None and not orphan:
+        raise UsageError("--trace explains orphans: it needs --orphan")
     if orphan:
         conditions += ("holder = unexplained",)
     with open_target(chosen_target()) as target:
         seen = survey(target.prog, walk=walk)
+        # Read after the census: a table that is in both cannot be younger than what it says.
+        traced = None if trace is None else read_trace(trace, target)
         if untyped:
             if seen.census is None:
                 raise UsageError("--untyped needs a walk of the address spaces")
@@ -128,6 +136,10 @@ def list_command(
             extra.append(orphans_table(known))
             notes.extend(orphans_notes(known))
             missing.extend(known.missing)
+            if traced is not None:
+                extra.append(traced.orphans_table(target.prog, seen.census))
+                notes.extend(traced.notes())
+                missing.extend(traced.missing())
         report = list_report(
             listing, names, rows, missing, target_heading(target), more=extra, notes=notes
         )
@@ -155,10 +167,16 @@ def _column_names(text: str | None, default: Sequence[str]) -> Sequence[str]:
     metavar="N",
     help="List at most N entries that are not empty.",
 )
+@trace_option
 @walk_option
 @format_option
 def show_command(
-    address: str, level: str | None, entries: int, walk: bool, output_format: str
+    address: str,
+    level: str | None,
+    entries: int,
+    trace: Path | None,
+    walk: bool,
+    output_format: str,
 ) -> int:
     """
     One descriptor: every member and what it means in this table, what reaches it, what it holds.
@@ -185,6 +203,13 @@ def show_command(
                 located.ptdesc, level or reach.level, of_kernel=reach.of_kernel, told=reach.told
             )
             missing = reach.missing
+        more: list[Table] = []
+        notes: list[str] = []
+        if trace is not None:
+            traced = read_trace(trace, target)
+            more.append(traced.page_table(target.prog, descriptor.ptdesc, seen.census))
+            notes.extend(traced.notes())
+            missing = (*missing, *traced.missing())
         report = show_report(
             descriptor,
             located.kind,
@@ -193,5 +218,7 @@ def show_command(
             missing,
             target_heading(target),
             entries=entries,
+            more=more,
+            more_notes=notes,
         )
     return emit(report, output_format)

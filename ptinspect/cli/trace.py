@@ -27,14 +27,20 @@ from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.errors import ExitStatus, UsageError
 from ptinspect.faces.data import write_json
 from ptinspect.faces.escape import escape
-from ptinspect.faces.trace import event_data, live_lines, reading_data, trace_report
+from ptinspect.faces.trace import (
+    event_data,
+    live_lines,
+    reading_data,
+    tables_data,
+    trace_report,
+)
 from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.target import open_target
-from ptinspect.trace.explain import explain_tables
+from ptinspect.trace.explain import Explanation, explain_tables
 from ptinspect.trace.hooks import choose_hooks
 from ptinspect.trace.offers import offers_from_json, read_offers
 from ptinspect.trace.program import check_machine, find_bpftrace, kprobe_options
-from ptinspect.trace.reader import Reading, TableEvent
+from ptinspect.trace.reader import EndEvent, Reading, TableEvent
 from ptinspect.trace.runner import InterruptedTraceError, Tracer
 from ptinspect.trace.script import ScriptOptions, write_script
 from ptinspect.trace.totals import Totals, read_totals
@@ -43,6 +49,11 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 #: What the maps may take together, and about how many count by key.
 _MAP_BYTES, _MAPS = 512 << 20, 8
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+#: Seconds that a table counts as just made in a record of a trace without --leaks.
+_YOUNG = 1.0
 
 #: Seconds that tables of a process that has ended may take to be released before the trace ends.
 _DRAIN = 30.0
@@ -180,6 +191,7 @@ def command(
     ended = None if until_exit is None else _ProcessEnd(until_exit)
     end = _End(duration, ended)
     view = _View(output_format, top)
+    filtered = pid is not None or comm is not None or cgroup is not None
     explained = None
     with contextlib.ExitStack() as opened:
         # Opened first: a kernel without debug information is told before anything is traced.
@@ -191,7 +203,7 @@ def command(
                 script,
                 options=() if hooks.trampolines else kprobe_options(program),
                 unseen=hooks.missing,
-                filtered=pid is not None or comm is not None or cgroup is not None,
+                filtered=filtered,
                 kprobes=not hooks.trampolines,
                 stop=stop,
             )
@@ -203,6 +215,17 @@ def command(
             raise click.exceptions.Abort from None
         view.say("tracing")
         end.begin()
+        if output_format == "jsonl":
+            begin = {
+                "kind": "begin",
+                "nsecs": tracer.opened_ns,
+                "release": offered.release,
+                "boot_id": _boot_id(),
+                "events": events,
+                "filtered": filtered,
+                "young_ns": int((_YOUNG if leaks is None else leaks) * 1e9),
+            }
+            click.echo(json.dumps(begin))
         for message in tracer.messages(end):
             view.show(message, tracer)
         view.say("ending ...")
@@ -212,9 +235,11 @@ def command(
             prog = target.prog
             explained = explain_tables(
                 taken,
-                result.totals,
+                result.totals.live,
+                result.totals.pending,
                 int(leaks * 1e9),
                 lambda page: page_is_pgtable(Object(prog, "struct page *", value=page)),
+                unknown=Explanation.UNKNOWN if filtered else Explanation.OLDER,
             )
     report = trace_report(
         result,
@@ -225,10 +250,19 @@ def command(
     )
     if output_format != "jsonl":
         return emit(report, output_format)
+    if leaks is not None:
+        click.echo(json.dumps(tables_data(result.totals)))
     text = io.StringIO()
     write_json(report, text)
     click.echo(json.dumps({"kind": "summary", **json.loads(text.getvalue())}))
     return status_of(report)
+
+
+def _boot_id() -> str | None:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return None
 
 
 def _most_tables(elsewhere: bool) -> int:
@@ -345,7 +379,7 @@ class _View:
 
     def show(self, message: object, tracer: Tracer) -> None:
         """Show a reading or an event."""
-        if isinstance(message, TableEvent) and self._jsonl:
+        if isinstance(message, (TableEvent, EndEvent)) and self._jsonl:
             click.echo(json.dumps(event_data(message)))
         if not isinstance(message, Reading) or not (self._jsonl or self._live):
             return

@@ -80,6 +80,8 @@ def show_report(
     target: str,
     *,
     entries: int,
+    more: Sequence[Table] = (),
+    more_notes: Sequence[str] = (),
 ) -> Report:
     """
     Lay out one descriptor in full.
@@ -87,6 +89,8 @@ def show_report(
     :param reach: What reaches its tables and what they hold; ``None`` if there was no walk.
     :param missing: What could not be seen.
     :param entries: How many entries to list.
+    :param more: Tables that belong to the answer.
+    :param more_notes: Sentences that do.
     """
     notes = []
     if is_tail:
@@ -140,8 +144,9 @@ def show_report(
                 "Members",
             ),
             *(() if reach is None else _reach_tables(reach, entries)),
+            *more,
         ),
-        notes=[*notes, *_told(reach)],
+        notes=[*notes, *_told(reach), *more_notes],
         missing=missing,
     )
 

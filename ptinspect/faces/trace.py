@@ -10,7 +10,7 @@ from typing import Any
 from ptinspect.faces.report import Column, Kind, Report, Table
 from ptinspect.trace.explain import ExplainedTable
 from ptinspect.trace.hooks import LEVELS, WAYS
-from ptinspect.trace.reader import TableEvent
+from ptinspect.trace.reader import EndEvent, TableEvent
 from ptinspect.trace.totals import LiveTable, Totals, TraceResult
 
 _LEVELS = LEVELS[1:]
@@ -137,7 +137,7 @@ def _tables(
     if leak_age_ns is not None:
         yield _left(totals, top, leak_age_ns)
     if explained is not None:
-        yield _explained(explained, top)
+        yield explained_table(explained, top)
     yield _footer(result, totals)
 
 
@@ -203,7 +203,8 @@ def _left(totals: Totals, top: int, age_ns: int) -> Table:
     )
 
 
-def _explained(explained: Sequence[ExplainedTable], top: int) -> Table:
+def explained_table(explained: Sequence[ExplainedTable], top: int) -> Table:
+    """Lay out what a trace says of tables."""
     return Table(
         "explained",
         (
@@ -390,19 +391,54 @@ def reading_data(totals: Totals, top: int) -> dict[str, Any]:
     }
 
 
-def event_data(event: TableEvent) -> dict[str, Any]:
+def event_data(event: TableEvent | EndEvent) -> dict[str, Any]:
     """Write an event for JSON lines."""
+    if isinstance(event, EndEvent):
+        return {"kind": "ended", "nsecs": event.nsecs, "mm": f"{event.mm:#x}"}
     data: dict[str, Any] = {
-        "kind": "made" if event.made else "freed",
+        "kind": event.kind,
         "nsecs": event.nsecs,
         "page": f"{event.page:#x}",
         "level": event.level,
         "pid": event.pid,
         "comm": event.comm,
     }
-    if event.made:
+    if event.kind == "made":
         data["mm"] = None if event.mm is None else f"{event.mm:#x}"
     else:
         data["way"] = event.way
+    if event.kind == "freed":
         data["waited_ns"] = event.waited_ns
     return data
+
+
+def tables_data(totals: Totals) -> dict[str, Any]:
+    """Write all tables that are left at the end of a trace for JSON lines."""
+    return {
+        "kind": "tables",
+        "nsecs": totals.nsecs,
+        "pending": [
+            {
+                "page": f"{table.page:#x}",
+                "level": table.level,
+                "way": table.way,
+                "age_ns": table.age_ns,
+                "pid": table.pid,
+                "comm": table.comm,
+            }
+            for table in totals.pending
+        ],
+        "live": [
+            {
+                "page": f"{table.page:#x}",
+                "level": table.level,
+                "age_ns": table.age_ns,
+                "mm": None if table.mm is None else f"{table.mm:#x}",
+                "mm_ended_ns": table.mm_ended_ns,
+                "pid": table.pid,
+                "comm": table.comm,
+                "stack": list(table.frames),
+            }
+            for table in totals.live
+        ],
+    }

@@ -10,14 +10,14 @@ the trace, or was released between the two; whether it is a table still tells th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
 from ptinspect.census import Census, Holder
-from ptinspect.trace.totals import LiveTable, PendingTable, Totals
+from ptinspect.trace.totals import LiveTable, PendingTable
 
 
 class Explanation(Enum):
@@ -29,6 +29,7 @@ class Explanation(Enum):
     SUSPECT = "suspect: its mm has ended"
     LOST = "suspect: its mm lives and does not reach it"
     OLDER = "older than the trace"
+    UNKNOWN = "not known to the trace: older, made after it, or of others than it followed"
     HELD = "held"
 
 
@@ -52,33 +53,49 @@ class ExplainedTable:
 
 def explain_tables(
     census: Census,
-    totals: Totals,
+    live: Sequence[LiveTable],
+    pending: Sequence[PendingTable],
     age_ns: int,
     is_table: Callable[[int], bool],
+    *,
+    unknown: Explanation = Explanation.OLDER,
 ) -> list[ExplainedTable]:
     """
     Explain every orphan of a census, and every traced table that has outlived its mm.
 
-    :param totals: the trace's last reading, after the census
+    :param live: what the trace says are tables, after the census
+    :param pending: what it says waits for its release
     :param age_ns: what is younger is just made
     :param is_table: whether a struct page is marked as a page table now
+    :param unknown: what a table is that the trace does not know
     """
-    return list(_explained(census, totals, age_ns, is_table))
+    return list(
+        _explained(
+            census,
+            {table.page: table for table in live},
+            {table.page: table for table in pending},
+            age_ns,
+            is_table,
+            unknown,
+        )
+    )
 
 
 def _explained(
-    census: Census, totals: Totals, age_ns: int, is_table: Callable[[int], bool]
+    census: Census,
+    live: dict[int, LiveTable],
+    pending: dict[int, PendingTable],
+    age_ns: int,
+    is_table: Callable[[int], bool],
+    unknown: Explanation,
 ) -> Iterator[ExplainedTable]:
-    pending = {table.page: table for table in totals.pending}
-    live = {table.page: table for table in totals.live}
-    addresses = census.scan.addresses
-    orphans = addresses[census.unexplained()].tolist()
+    orphans = census.scan.addresses[census.unexplained()].tolist()
     for page in orphans:
         table = live.get(page)
         if page in pending:
             yield _row(page, Explanation.WAITING, pending[page], Holder.UNEXPLAINED)
         elif table is None:
-            known = Explanation.OLDER if is_table(page) else Explanation.RELEASED
+            known = unknown if is_table(page) else Explanation.RELEASED
             yield _row(page, known, None, Holder.UNEXPLAINED)
         else:
             yield _row(page, judge(table, age_ns), table, Holder.UNEXPLAINED)
@@ -87,21 +104,49 @@ def _explained(
         ended = table.mm_ended_ns is not None and table.mm_ended_ns >= age_ns
         if page in seen or not ended:
             continue
-        index = int(np.searchsorted(addresses, np.uint64(page)))
-        typed = index < len(addresses) and int(addresses[index]) == page
-        if not typed:
-            yield _row(page, judge(table, age_ns), table, None)
-            continue
-        holder = Holder(int(census.holder[index]))
-        owner = next(census.owners_of(index), None)
-        yield _row(
-            page,
-            Explanation.HELD,
-            table,
-            holder,
-            None if owner is None else census.tables.spaces[owner.space].name,
-            None if owner is None else owner.va,
-        )
+        holder, space, va = _place(census, page)
+        explanation = judge(table, age_ns) if holder is None else Explanation.HELD
+        yield _row(page, explanation, table, holder, space, va)
+
+
+def explain_page(
+    page: int,
+    census: Census | None,
+    live: Sequence[LiveTable],
+    pending: Sequence[PendingTable],
+    age_ns: int,
+    *,
+    unknown: Explanation = Explanation.OLDER,
+) -> ExplainedTable:
+    """
+    Explain one table.
+
+    :param page: address of its struct page
+    :param census: where it hangs, if that was looked at
+    """
+    waits = next((table for table in pending if table.page == page), None)
+    if waits is not None:
+        return _row(page, Explanation.WAITING, waits, None)
+    table = next((table for table in live if table.page == page), None)
+    holder, space, va = (None, None, None) if census is None else _place(census, page)
+    if holder is not None and holder is not Holder.UNEXPLAINED:
+        return _row(page, Explanation.HELD, table, holder, space, va)
+    explanation = unknown if table is None else judge(table, age_ns)
+    return _row(page, explanation, table, holder, space, va)
+
+
+def _place(census: Census, page: int) -> tuple[Holder | None, str | None, int | None]:
+    """Get what holds a table in a census, and where it hangs; nothing if it is not typed there."""
+    addresses = census.scan.addresses
+    index = int(np.searchsorted(addresses, np.uint64(page)))
+    if index == len(addresses) or int(addresses[index]) != page:
+        return None, None, None
+    owner = next(census.owners_of(index), None)
+    return (
+        Holder(int(census.holder[index])),
+        None if owner is None else census.tables.spaces[owner.space].name,
+        None if owner is None else owner.va,
+    )
 
 
 def judge(table: LiveTable, age_ns: int) -> Explanation:

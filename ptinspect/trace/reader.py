@@ -46,9 +46,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class TableEvent:
-    """One table was made or freed."""
+    """What happened to one table."""
 
-    made: bool
+    #: ``made``, ``unlinked`` (it begins to wait) or ``freed``.
+    kind: str
     nsecs: int
     page: int
     level: str
@@ -60,6 +61,14 @@ class TableEvent:
 
 
 @dataclass(frozen=True)
+class EndEvent:
+    """The last user of an mm is gone, and its tables go."""
+
+    nsecs: int
+    mm: int
+
+
+@dataclass(frozen=True)
 class Dropped:
     """Something was not counted or not told."""
 
@@ -67,7 +76,7 @@ class Dropped:
     what: str
 
 
-Message = Union[Waiting, Gate, Reading, TableEvent, Dropped]
+Message = Union[Waiting, Gate, Reading, TableEvent, EndEvent, Dropped]
 
 #: What bpftrace says on its own account and what is of no interest here.
 _QUIET = {"attached_probes"}
@@ -143,7 +152,7 @@ class Reader:
             if head == "made":
                 _, nsecs, page, level, mm, pid, comm = _split(text, 6)
                 return TableEvent(
-                    True,
+                    head,
                     int(nsecs),
                     int(page, 16),
                     level_name(int(level)),
@@ -151,10 +160,23 @@ class Reader:
                     comm,
                     mm=int(mm, 16) or None,
                 )
+            if head == "unlinked":
+                _, nsecs, page, level, way, pid, comm = _split(text, 6)
+                return TableEvent(
+                    head,
+                    int(nsecs),
+                    int(page, 16),
+                    level_name(int(level)),
+                    int(pid),
+                    comm,
+                    way=way_name(int(way)),
+                )
+            if head == "ended":
+                return EndEvent(int(words[1]), int(words[2], 16))
             if head == "freed":
                 _, nsecs, page, level, way, waited, pid, comm = _split(text, 7)
                 return TableEvent(
-                    False,
+                    head,
                     int(nsecs),
                     int(page, 16),
                     level_name(int(level)),

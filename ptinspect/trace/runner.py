@@ -82,6 +82,8 @@ class Tracer:
         self._opened: tuple[int | None, int | None] = (None, None)
         self._missed_before: int | None = None
         self._began = 0.0
+        #: When the gate was opened: nanoseconds after boot.
+        self.opened_ns = 0
 
     def __enter__(self) -> Tracer:
         self._folder = tempfile.TemporaryDirectory(prefix="ptinspect-trace-")
@@ -194,6 +196,8 @@ class Tracer:
         while time.monotonic() < end and not self._gone:
             message = self._message(1.0)
             if isinstance(message, Gate):
+                if on:
+                    self.opened_ns = message.nsecs
                 if message.on != on:
                     raise self._failed("the script's gate is not where it should be")
                 return

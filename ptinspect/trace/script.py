@@ -103,10 +103,14 @@ class _Writer:
         yield from self._batch()
         if self._follow:
             yield from self._released()
-        if self._options.tables and self._hooks.exit is not None:
+        if (self._options.tables or self._options.events) and self._hooks.exit is not None:
             yield "// An mm has ended: tables made for it before now should be gone soon."
             yield f"{self._entry(self._hooks.exit)} /@on/ {{"
-            yield f"  @exited[{self._argument(self._hooks.exit, 0)}] = nsecs;"
+            ended = self._argument(self._hooks.exit, 0)
+            if self._options.tables:
+                yield f"  @exited[{ended}] = nsecs;"
+            if self._options.events:
+                yield f'  printf("ended %llu %llx\\n", nsecs, {ended});'
             yield "}"
             yield ""
         yield from self._readings()
@@ -232,6 +236,8 @@ class _Writer:
             yield "    if ($note.1) { $way = $note.1; }"
         yield "    @pending[$page] = (nsecs, $way, $level, (uint64)pid, comm);"
         yield "    @unlinked_first = count();"
+        if options.events:
+            yield f"    {_unlinked_event('$way')}"
         if options.stacks:
             yield "    @unlinked_at[kstack(24), $level] = count();"
         yield "  }"
@@ -262,6 +268,8 @@ class _Writer:
             f"@pending[$page] = (nsecs, (uint64){way}, $level, (uint64)pid, comm);",
             f"{name} = count();",
         ]
+        if options.events:
+            body.append(_unlinked_event(f"(uint64){way}"))
         if options.stacks:
             body.append(f"@unlinked_at{way}[kstack(24), $level] = count();")
         if self._wanted:
@@ -418,6 +426,13 @@ class _Writer:
         if self._hooks.trampolines:
             return f"(uint64)args.{hook.parameters[position]}"
         return f"(uint64)arg{position}"
+
+
+def _unlinked_event(way: str) -> str:
+    return (
+        'printf("unlinked %llu %llx %llu %llu %llu %s\\n", nsecs, $page, $level, '
+        f"{way}, (uint64)pid, comm);"
+    )
 
 
 def _filters(options: ScriptOptions) -> Iterator[str]:

@@ -223,9 +223,15 @@ CAUSES = (
     ("do_vmi_munmap", "munmap"),
     ("do_vmi_align_munmap", "munmap"),
     ("vmap_pages_range_noflush", "vmalloc"),
+    ("vmap_small_pages_range_noflush", "vmalloc"),
     ("vmap_range_noflush", "vmalloc"),
     ("__vmalloc_node_range", "vmalloc"),
     ("ioremap_page_range", "ioremap"),
+    ("change_page_attr_set_clr", "set_memory"),
+    ("__change_page_attr_set_clr", "set_memory"),
+    ("madvise_vma_behavior", "madvise"),
+    ("do_madvise", "madvise"),
+    ("__mmdrop", "last mm reference"),
     ("handle_mm_fault", "fault"),
     ("__handle_mm_fault", "fault"),
 )
@@ -406,8 +412,11 @@ def _pending(reading: Reading) -> Iterable[PendingTable]:
 
 def _live(reading: Reading) -> Iterable[LiveTable]:
     ended = {int(mm): int(at) for mm, at in reading.keyed("exited").items()}
+    waiting = reading.keyed("pending")
     stacks = reading.keyed("live_stack")
     for page, (since, level, mm, pid, comm) in reading.keyed("live").items():
+        if page in waiting:
+            continue  # unlinked; its destructor comes when it is released
         made, owner = int(since), int(mm)
         end = ended.get(owner)
         yield LiveTable(

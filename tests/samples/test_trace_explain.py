@@ -34,7 +34,7 @@ def orphaned(census: Census) -> Census:
 
 
 def explained(census: Census, totals: Totals, tables: "set[int]") -> "dict[int, Explanation]":
-    rows = explain_tables(census, totals, SECOND, lambda page: page in tables)
+    rows = explain_tables(census, totals.live, totals.pending, SECOND, lambda page: page in tables)
     assert len(rows) == len({row.page for row in rows})
     return {row.page: row.explanation for row in rows}
 
@@ -71,7 +71,8 @@ def test_a_table_that_outlived_its_mm_is_shown_where_it_hangs(sample: Sample) ->
     page = int(census.scan.addresses[index])
     absent = int(census.scan.addresses[-1]) + 64
     totals = with_tables(live=(live(page, 9, 5), live(absent, 9, 5), live(page + 1, 9, None)))
-    rows = {row.page: row for row in explain_tables(census, totals, SECOND, lambda page: True)}
+    told = explain_tables(census, totals.live, totals.pending, SECOND, lambda page: True)
+    rows = {row.page: row for row in told}
     owner = next(census.owners_of(index))
     row = rows[page]
     assert row.explanation is Explanation.HELD

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ptinspect.trace.reader import Dropped, Gate, Reader, Reading, TableEvent, Waiting
+from ptinspect.trace.reader import Dropped, EndEvent, Gate, Reader, Reading, TableEvent, Waiting
 from ptinspect.trace.totals import (
     CounterChange,
     TraceResult,
@@ -56,11 +56,14 @@ def test_losses_are_counted() -> None:
 def test_events_keep_odd_names() -> None:
     reader = Reader()
     made = reader.feed(said("made 5 ffd40000 1 ff1100 42 a b, c\n\n"))
-    assert made == TableEvent(True, 5, 0xFFD40000, "PTE", 42, "a b, c\n", mm=0xFF1100)
+    assert made == TableEvent("made", 5, 0xFFD40000, "PTE", 42, "a b, c\n", mm=0xFF1100)
     freed = reader.feed(said("freed 9 ffd40000 2 3 4000 42 sh\n"))
     assert freed == TableEvent(
-        False, 9, 0xFFD40000, "PMD", 42, "sh", way="gather+RCU", waited_ns=4000
+        "freed", 9, 0xFFD40000, "PMD", 42, "sh", way="gather+RCU", waited_ns=4000
     )
+    unlinked = reader.feed(said("unlinked 8 ffd40000 1 2 42 sh\n"))
+    assert unlinked == TableEvent("unlinked", 8, 0xFFD40000, "PTE", 42, "sh", way="gather")
+    assert reader.feed(said("ended 7 ff1100\n")) == EndEvent(7, 0xFF1100)
 
 
 def read(maps: dict[str, Any], nsecs: int = 1_000_000_000) -> Reading:

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from ptinspect.errors import TargetError
+from ptinspect.errors import TargetError, UsageError
 from ptinspect.trace import runner
 from ptinspect.trace.counter import page_table_pages
 from ptinspect.trace.offers import read_offers
 from ptinspect.trace.program import check_machine, find_bpftrace, kprobe_options, parse_version
+from ptinspect.trace.recorded import read_record
 from ptinspect.trace.runner import InterruptedTraceError, Tracer
 
 FAKE = Path(__file__).parent / "trace_fake_bpftrace.py"
@@ -100,7 +101,8 @@ def test_can_be_interrupted_before_it_begins(
     stop.set()
     with Tracer(fake, "", root=root, stop=stop) as tracer, pytest.raises(InterruptedTraceError):
         tracer.open_gate()
-    assert is_gone(tmp_path)
+    # It may have been ended before it could even write its number down.
+    assert not (tmp_path / "pid").exists() or is_gone(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -231,16 +233,48 @@ def test_command_writes_json_lines(fake: str) -> None:
     done = command(fake, "--duration", "500ms", "--format", "jsonl")
     out, _ = done.communicate(timeout=60)
     kinds = [json.loads(line)["kind"] for line in out.splitlines()]
-    assert kinds[-1] == "summary"
-    assert set(kinds[:-1]) == {"reading"}
-    assert json.loads(out.splitlines()[0])["levels"]["PTE"] == {"made": 5, "gone": 4}
+    assert (kinds[0], kinds[-1]) == ("begin", "summary")
+    assert set(kinds[1:-1]) == {"reading"}
+    assert json.loads(out.splitlines()[1])["levels"]["PTE"] == {"made": 5, "gone": 4}
+
+
+def test_record_of_a_trace_that_has_ended(fake: str, tmp_path: Path) -> None:
+    done = command(fake, "--duration", "500ms", "--leaks", "3s", "--format", "jsonl")
+    out, _ = done.communicate(timeout=60)
+    path = tmp_path / "record"
+    path.write_text(out)
+    recorded = read_record(path)
+    offered = json.loads(OFFERS.read_text())
+    assert recorded.release == offered["release"]
+    assert recorded.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert (recorded.ended, recorded.filtered, recorded.young_ns) == (True, False, 3 * 10**9)
+    assert recorded.began_ns < recorded.until_ns
+    (table,) = recorded.live
+    assert (table.page, table.level, table.mm, table.pid, table.comm) == (
+        4096,
+        "PTE",
+        64,
+        42,
+        "odd",
+    )
+    assert table.mm_ended_ns is not None
+    assert recorded.missing
+    later = recorded.aged(recorded.until_ns + 10**9)
+    assert later.live[0].age_ns == table.age_ns + 10**9
+    assert later.live[0].mm_ended_ns == table.mm_ended_ns + 10**9
+    assert later.aged(0) == later
+    # Without --leaks there are no tables in it.
+    path.write_text("".join(line for line in out.splitlines(True) if '"tables"' not in line[:20]))
+    with pytest.raises(UsageError, match="one by one"):
+        read_record(path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_ends_by_signal_with_a_summary(fake: str, tmp_path: Path, number: int) -> None:
     done = command(fake, "--format", "jsonl")
     assert done.stdout is not None
-    assert json.loads(done.stdout.readline())["kind"] == "reading"
+    kinds = [json.loads(done.stdout.readline())["kind"] for _ in range(2)]
+    assert kinds == ["begin", "reading"]
     done.send_signal(number)
     out, _ = done.communicate(timeout=60)
     assert json.loads(out.splitlines()[-1])["kind"] == "summary"
