@@ -94,10 +94,12 @@ class Arm64Paging(Paging):
         """
         Translate a direct map or kernel image address.
 
-        The image lies above PAGE_END, which is -(1 << (VA_BITS_MIN - 1)) (asm/memory.h).
+        The image lies above PAGE_END, which is -(1 << (VA_BITS_MIN - 1)). Without 52-bit addresses
+        in the machine, VA_BITS_MIN are left: 48, but 47 with 16K pages (asm/memory.h).
         """
         offset = number(prog, "kimage_voffset", 0)
-        page_end = (1 << 64) - (1 << (min(self.va_bits, 48) - 1))
+        least = 47 if self.va_bits == 52 and self.page_bytes == 1 << 14 else 48
+        page_end = (1 << 64) - (1 << (min(self.va_bits, least) - 1))
         if offset and address >= page_end:
             return (address - offset) & ALL_BITS
         return int(virt_to_phys(prog, address))
