@@ -127,6 +127,12 @@ RECIPES: dict[str, Recipe] = {
         ("common", "x86_64", "x86_64-7.3", "x86_64-7.3-async"),
         (_FREE_LATER,),
     ),
+    "x86_64-7.3-lockdep": Recipe(
+        "x86_64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "x86_64", "x86_64-7.3", "x86_64-7.3-lockdep"),
+    ),
     "x86_64-6.1": Recipe(
         "x86_64", "bookworm", "linux-source-6.1", ("common", "x86_64", "x86_64-6.1")
     ),
@@ -146,10 +152,40 @@ RECIPES: dict[str, Recipe] = {
         "s390x", "trixie-backports", "linux-source-7.3", ("common", "s390x", "s390x-7.3"), _KVM_7
     ),
     "aarch64-7.3": Recipe(
-        "aarch64", "trixie-backports", "linux-source-7.3", ("common", "aarch64", "aarch64-7.3")
+        "aarch64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "aarch64", "aarch64-4k", "aarch64-48", "aarch64-7.3"),
+    ),
+    "aarch64-7.3-16k": Recipe(
+        "aarch64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "aarch64", "aarch64-16k", "aarch64-52", "aarch64-7.3"),
+    ),
+    "aarch64-7.3-64k": Recipe(
+        "aarch64",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "aarch64", "aarch64-64k", "aarch64-52", "aarch64-7.3"),
     ),
     "ppc64le-6.12": Recipe(
         "ppc64le", "trixie", "linux-source-6.12", ("common", "ppc64le", "ppc64le-6.12")
+    ),
+    "ppc64le-7.3-4k": Recipe(
+        "ppc64le",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "ppc64le", "ppc64le-4k", "ppc64le-7.3"),
+    ),
+    "ppc64le-7.3-64k": Recipe(
+        "ppc64le",
+        "trixie-backports",
+        "linux-source-7.3",
+        ("common", "ppc64le", "ppc64le-64k", "ppc64le-7.3"),
+    ),
+    "riscv64-7.3": Recipe(
+        "riscv64", "trixie-backports", "linux-source-7.3", ("common", "riscv64", "riscv64-7.3")
     ),
 }
 

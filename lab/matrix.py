@@ -63,6 +63,9 @@ class Row:
 
 _DUMPS = ("qmp", "elf", "kdump")
 
+#: What the guest's workload is asked for; it leaves out what there is no memory for.
+_WORKLOAD = "lab_hugepages=4"
+
 ROWS = (
     Row("Debian 6.1", "x86_64", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
     Row("Debian 6.12", "x86_64", "trixie", "6.12", kinds=tuple(KINDS)),
@@ -70,14 +73,33 @@ ROWS = (
     Row("Debian 6.12, no5lvl", "x86_64", "trixie", "6.12", append="no5lvl"),
     Row("Debian 6.12 rt", "x86_64", "trixie", "6.12", "rt-amd64"),
     Row("Debian 7.2", "x86_64", "forky", "7.2", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.3", "x86_64", "trixie-backports", "7.3"),
+    Row("Debian 7.3 rt", "x86_64", "trixie-backports", "7.3", "rt-amd64"),
     Row("small 7.3", "x86_64", recipe="x86_64-7.3", memory=256),
+    Row("small 7.3, pti=on", "x86_64", recipe="x86_64-7.3", memory=256, append="pti=on"),
+    Row("small 7.3, no5lvl", "x86_64", recipe="x86_64-7.3", memory=256, append="no5lvl"),
+    Row("small 7.3, lockdep", "x86_64", recipe="x86_64-7.3-lockdep", memory=256),
     Row("Debian 6.1", "s390x", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
     Row("Debian 6.12", "s390x", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.2", "s390x", "forky", "7.2"),
+    Row("small 7.3", "s390x", recipe="s390x-7.3"),
+    Row("Debian 6.1", "aarch64", "bookworm", "6.1"),
+    Row("Debian 6.12", "aarch64", "trixie", "6.12"),
     Row("Debian 7.2", "aarch64", "forky", "7.2", kinds=(*_DUMPS, "live")),
     Row("Debian 7.2, 16K pages", "aarch64", "forky", "7.2", "arm64-16k"),
-    Row("Debian 6.12", "ppc64le", "bookworm-backports", "6.12", kinds=("qmp", "elf", "live")),
-    Row("Debian 6.12, 64K pages", "ppc64le", "trixie", "6.12", "powerpc64le-64k", kinds=_DUMPS[:2]),
-    Row("Debian 7.2", "riscv64", "forky", "7.2", kinds=("qmp", "elf")),
+    Row("Debian 7.3", "aarch64", "trixie-backports", "7.3"),
+    Row("Debian 7.3, 16K pages", "aarch64", "trixie-backports", "7.3", "arm64-16k"),
+    Row("small 7.3, 52 bits, 16K pages", "aarch64", recipe="aarch64-7.3-16k"),
+    Row("small 7.3, 52 bits, 64K pages", "aarch64", recipe="aarch64-7.3-64k"),
+    Row("Debian 6.1, 64K pages", "ppc64le", "bookworm", "6.1"),
+    Row("Debian 6.12", "ppc64le", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.12, 64K pages", "ppc64le", "bookworm-backports", "6.12", "powerpc64le-64k"),
+    Row("Debian 7.2", "ppc64le", "forky", "7.2"),
+    Row("Debian 7.2, 64K pages", "ppc64le", "forky", "7.2", "powerpc64le-64k"),
+    Row("small 7.3", "ppc64le", recipe="ppc64le-7.3-4k"),
+    Row("small 7.3, 64K pages", "ppc64le", recipe="ppc64le-7.3-64k"),
+    Row("Debian 7.2", "riscv64", "forky", "7.2"),
+    Row("small 7.3", "riscv64", recipe="riscv64-7.3"),
 )
 
 
@@ -148,35 +170,41 @@ def _first_line(error: BaseException) -> str:
 
 def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Boot with the workload, and look at the guest from outside."""
-    initrd = workload_initramfs(kernel.arch, kernel.modules)
+    with tempfile.TemporaryDirectory(dir=cache("matrix")) as name:
+        folder = Path(name)
+        initrd = workload_initramfs(kernel.arch, kernel.modules, folder / "initramfs")
 
-    def make() -> Guest:
-        options = {"memory": row.memory, "smp": "2", "append": row.append}
-        return Guest(kernel.arch, kernel.image, initrd, **options)  # type: ignore[arg-type]
+        def make() -> Guest:
+            options = {"memory": row.memory, "smp": "2", "append": f"{_WORKLOAD} {row.append}"}
+            return Guest(kernel.arch, kernel.image, initrd, **options)  # type: ignore[arg-type]
 
-    with (
-        tempfile.TemporaryDirectory(dir=cache("matrix")) as folder,
-        booted(make, "@@ready", timeout=900) as guest,
-    ):
-        truth, _ = parse_report(guest.console())
-        told = {process["pid"]: process["vm_pte_kb"] for process in truth["processes"]}
-        parents = {process["pid"]: process["ppid"] for process in truth["processes"]}
-        for kind in kinds:
-            target = ["--qemu", str(guest.qmp_socket), "--pause"]
-            if kind != "qmp":
-                path = Path(folder) / kind
-                guest.stop()
-                try:
-                    guest.dump(path, "elf" if kind == "elf" else "kdump-zlib")
-                except LabError as error:
-                    yield kind, f"QEMU: {_first_line(error)}"
-                    continue
-                finally:
-                    guest.cont()
-                target = ["-c", str(path)]
-            yield kind, _judge([*target, "-s", str(kernel.vmlinux)], told, parents)
-            if kind != "qmp":
-                path.unlink()
+        with booted(make, "@@ready", timeout=900) as guest:
+            yield from _judge_guest(kernel, guest, kinds, folder)
+
+
+def _judge_guest(
+    kernel: Kernel, guest: Guest, kinds: Sequence[str], folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Look at a resting guest as each of some kinds of target; dumps go into a folder."""
+    truth, _ = parse_report(guest.console())
+    told = {process["pid"]: process["vm_pte_kb"] for process in truth["processes"]}
+    parents = {process["pid"]: process["ppid"] for process in truth["processes"]}
+    for kind in kinds:
+        target = ["--qemu", str(guest.qmp_socket), "--pause"]
+        if kind != "qmp":
+            path = folder / kind
+            guest.stop()
+            try:
+                guest.dump(path, "elf" if kind == "elf" else "kdump-zlib")
+            except LabError as error:
+                yield kind, f"QEMU: {_first_line(error)}"
+                continue
+            finally:
+                guest.cont()
+            target = ["-c", str(path)]
+        yield kind, _judge([*target, "-s", str(kernel.vmlinux)], told, parents)
+        if kind != "qmp":
+            path.unlink()
 
 
 def _run_crash(row: Row, kernel: Kernel) -> str:

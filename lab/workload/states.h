@@ -319,13 +319,33 @@ static void state_64k(void)
 /* The sharing of PMD tables needs a shared mapping that covers an aligned GiB. */
 #define HUGETLB_AT ((void *)GIB(64))
 
+#define HUGETLB_STEP MIB(64)
+#define HUGETLB_TOUCHED 3
+
+/* A page that is touched but not there would end the process. */
+static bool enough_huge_pages(void)
+{
+	char text[8192], *total, *size;
+	unsigned long bytes;
+
+	if (read_file("/proc/meminfo", text, sizeof(text)) < 0)
+		return false;
+	total = strstr(text, "HugePages_Total:");
+	size = strstr(text, "Hugepagesize:");
+	if (!total || !size)
+		return false;
+	bytes = KIB(strtoul(strchr(size, ':') + 1, NULL, 10));
+	return strtoul(strchr(total, ':') + 1, NULL, 10) * (bytes > HUGETLB_STEP ? bytes : HUGETLB_STEP) >=
+	       HUGETLB_TOUCHED * HUGETLB_STEP;
+}
+
 static char *map_hugetlb(const char *state)
 {
 	int fd = open("/huge/shared", O_RDWR | O_CREAT, 0600);
 	size_t i;
 	char *at = NULL;
 
-	if (!option("lab_hugepages", 0))
+	if (!option("lab_hugepages", 0) || !enough_huge_pages())
 		skip("%s: the kernel or the machine has no huge pages", state);
 	else if (fd < 0)
 		skip("%s: no huge page file system", state);
@@ -334,8 +354,8 @@ static char *map_hugetlb(const char *state)
 	else if (!(at = map(HUGETLB_AT, GIB(1), PROT_READ | PROT_WRITE,
 			    MAP_SHARED | MAP_NORESERVE | MAP_FIXED_NOREPLACE, fd)))
 		skip("%s: mmap failed (errno %d)", state, errno);
-	for (i = 0; i < 3 && at; i++)
-		poke(at + i * MIB(64));
+	for (i = 0; i < HUGETLB_TOUCHED && at; i++)
+		poke(at + i * HUGETLB_STEP);
 	close(fd);
 	return at;
 }
