@@ -16,8 +16,11 @@ ANSWER = 0x1234_5000
 
 @pytest.mark.parametrize(
     ("page_shift", "va_bits", "least"),
-    [(12, 39, 39), (12, 48, 48), (12, 52, 48), (14, 47, 47), (14, 48, 48), (14, 52, 47)]
-    + [(16, 42, 42), (16, 48, 48), (16, 52, 48)],
+    [
+        *((12, 39, 39), (12, 48, 48), (12, 52, 48)),
+        *((14, 47, 47), (14, 48, 48), (14, 52, 47)),
+        *((16, 42, 42), (16, 48, 48), (16, 52, 48)),
+    ],
 )
 def test_the_direct_map_ends_where_the_image_begins(
     page_shift: int, va_bits: int, least: int, monkeypatch: pytest.MonkeyPatch
