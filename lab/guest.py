@@ -94,6 +94,7 @@ class Guest:
     :param append: words added to the kernel command line (the console is there already)
     :param extra: QEMU options, after the architecture's own
     :param console_log: where to keep the console's text; by default it goes with the guest
+    :param stub: whether QEMU is to offer its debug stub (:class:`lab.stub.Stub`)
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Guest:
         append: str = "",
         extra: Sequence[str] = (),
         console_log: Path | None = None,
+        stub: bool = False,
     ) -> None:
         self.arch = arch
         self.command_line = f"console={arch.console} panic=-1 {append}".strip()
@@ -114,6 +116,7 @@ class Guest:
         self._folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self.qmp_socket = self._folder / "qmp"  #: for drgn: one client at a time
         self._control_socket = self._folder / "control"
+        self.stub_socket = self._folder / "stub"  #: there if it was asked for
         self.console_log = console_log or self._folder / "console"
         self._errors = self._folder / "errors"
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,6 +131,7 @@ class Guest:
             *("-serial", f"file:{self.console_log}"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),
             *("-qmp", f"unix:{self._control_socket},server=on,wait=off"),
+            *(("-gdb", f"unix:{self.stub_socket},server=on,wait=off") if stub else ()),
             *extra,
         ]
 
