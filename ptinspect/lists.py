@@ -67,6 +67,20 @@ class ListWalk:
     broken: ListBreak | None
 
 
+@dataclass(frozen=True)
+class BothWays:
+    """The nodes of a list walked from its head, and where that breaks also from its end."""
+
+    #: Addresses of the embedded ``struct list_head``, in order: up to a break, then from the end.
+    nodes: tuple[int, ...]
+    #: How many of them are on the near side of the break: all if the list is whole.
+    before_break: int
+    #: Where it breaks, walked forward and backward; empty if it is whole.
+    breaks: tuple[ListBreak, ...]
+    #: Whether nodes may be lost between two breaks. One wrong link alone loses none.
+    lost: bool
+
+
 def walk_list(head: Object, *, limit: int = LIST_LIMIT, back_links: bool = True) -> ListWalk:
     """
     Walk a list from its head.
@@ -117,6 +131,23 @@ def walk_list_at(
         nodes.append(following)
         seen.add(following)
         here, following = following, after
+
+
+def walk_both_ways(prog: Program, head: int) -> BothWays:
+    """Walk a list from the address of its head, and what lies behind a break from the end."""
+    forward = walk_list_at(prog, head)
+    if forward.broken is None:
+        return BothWays(forward.nodes, len(forward.nodes), (), False)
+    known = {head, *forward.nodes}
+    backward = walk_list_at(prog, head, backward=True)
+    rest = tuple(node for node in reversed(backward.nodes) if node not in known)
+    breaks, lost = [forward.broken], False
+    if backward.broken is not None:
+        breaks.append(backward.broken)
+        # Of the two links between neighbours one is wrong, and the other tells that they are.
+        met = backward.broken.next == forward.broken.node
+        lost = not (met or backward.broken.node == forward.broken.next)
+    return BothWays((*forward.nodes, *rest), len(forward.nodes), tuple(breaks), lost)
 
 
 def _step(

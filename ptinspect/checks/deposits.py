@@ -44,12 +44,10 @@ def _ring_finding(context: Context, ring: DepositRing, message: str, **evidence:
     )
 
 
-def _story_missing(context: Context, story: Deposits, tally: Tally) -> None:
-    problems = {ring.problem for ring in story.rings if ring.problem is not None}
-    for what in story.missing:
-        # A broken ring is a finding of deposit-ring-sane.
-        if not any(problem in what for problem in problems):
-            tally.miss(what)
+def _story_missing(story: Deposits, tally: Tally) -> None:
+    # A broken ring is a finding of deposit-ring-sane.
+    for what in story.unseen:
+        tally.miss(what)
 
 
 @invariant(
@@ -69,7 +67,7 @@ def deposit_count(context: Context, tally: Tally) -> Iterator[Finding]:
     rest leaks when the process ends.
     """
     story = _deposits(context)
-    _story_missing(context, story, tally)
+    _story_missing(story, tally)
     for ring in story.rings:
         if ring.agrees is None:
             continue
@@ -141,7 +139,7 @@ def deposit_empty(context: Context, tally: Tally) -> Iterator[Finding]:
     When the huge page is split, whatever is there becomes a mapping.
     """
     story = _deposits(context)
-    _story_missing(context, story, tally)
+    _story_missing(story, tally)
     paging = context.paging
     level = paging.levels[0]
     spaces = [(table, ring.space) for ring in story.rings for table in ring.tables]

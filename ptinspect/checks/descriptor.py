@@ -14,7 +14,7 @@ from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
 from ptinspect.checks.registry import invariant
 from ptinspect.kernel.descriptor import flags_bit, page_type_test, ptdesc_is_native, ptdesc_type
 from ptinspect.kernel.paging.model import object_or_none
-from ptinspect.lists import walk_list
+from ptinspect.lists import walk_both_ways
 from ptinspect.state.fields import list_poison_name
 from ptinspect.tables.spaces import Space, SpaceKind
 
@@ -204,10 +204,10 @@ def x86_pgd_mm(context: Context, tally: Tally) -> Iterator[Finding]:
     if context.arch != "x86_64" or head is None:
         raise NotApplicableError("only x86 keeps a list of its pgds")
     offset = offsetof(ptdesc_type(prog), "pt_list")
-    walk = walk_list(head.address_of_())
+    walk = walk_both_ways(prog, head.address_of_().value_())
     listed = np.array([node - offset for node in walk.nodes], np.uint64)
-    if walk.broken is not None:
-        tally.miss(f"pgd_list breaks: {walk.broken}")
+    if walk.lost:
+        tally.miss(f"pgd_list breaks: {walk.breaks[0]}")
     pfns, known = context.page_reader.pfns(listed)
     records = context.page_reader.read(pfns)
     roots: dict[int, Space] = {}
@@ -228,7 +228,7 @@ def x86_pgd_mm(context: Context, tally: Tally) -> Iterator[Finding]:
     on_list = {int(pfn) for pfn, there in zip(pfns, known) if there}
     for pfn, space in roots.items():
         tally.examine(1)
-        if pfn not in on_list and walk.broken is None:
+        if pfn not in on_list and not walk.lost:
             number = context.tables.spaces.index(space)
             yield context.mm_finding(number, "its pgd is not on pgd_list", pgd_pfn=pfn)
 

@@ -97,6 +97,14 @@ class Deposits:
     #: Rings with more or fewer tables than are needed, in sentences.
     findings: tuple[str, ...]
 
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """What could not be seen, apart from what lies behind a break of a ring."""
+        problems = {ring.problem for ring in self.rings if ring.problem is not None}
+        return tuple(
+            what for what in self.missing if not any(problem in what for problem in problems)
+        )
+
 
 class _Shape(NamedTuple):
     """How this kernel links deposited tables."""

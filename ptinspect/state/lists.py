@@ -23,7 +23,7 @@ from drgn import FaultError, Object, Program, offsetof
 
 from ptinspect.kernel.descriptor import byte_order, ptdesc_type
 from ptinspect.kernel.paging.model import object_or_none
-from ptinspect.lists import walk_list_at
+from ptinspect.lists import walk_both_ways, walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.state.deposits import Deposits
 from ptinspect.state.fields import RCU_FREE_FUNCTIONS
@@ -162,20 +162,12 @@ def _heads(prog: Program, tables: Tables, gmaps: Sequence[Gmap]) -> Iterator[tup
 
 def _read_list(prog: Program, memmap: Memmap, name: str, head: int, role: Role) -> WordList:
     offset = offsetof(ptdesc_type(prog), "pt_list")
-    forward = walk_list_at(prog, head)
-    nodes = list(forward.nodes)
-    before = len(nodes)
-    problems = []
-    if forward.broken is not None:
-        problems.append(str(forward.broken))
-        known = {head, *nodes}
-        backward = walk_list_at(prog, head, backward=True)
-        nodes.extend(node for node in reversed(backward.nodes) if node not in known)
-        if backward.broken is not None:
-            problems.append(f"from its end: {backward.broken}")
-    addresses = np.array(nodes, np.uint64) - np.uint64(offset)
+    walk = walk_both_ways(prog, head)
+    nodes = np.array(walk.nodes, np.uint64)
+    problems = [("from its end: " if end else "") + str(at) for end, at in enumerate(walk.breaks)]
+    addresses = nodes - np.uint64(offset)
     pfns, good = memmap.pfns(addresses)
-    for node in np.array(nodes, np.uint64)[~good].tolist():
+    for node in nodes[~good].tolist():
         problems.append(f"node {node:#x} is in no descriptor")
         break
     return WordList(
@@ -184,7 +176,7 @@ def _read_list(prog: Program, memmap: Memmap, name: str, head: int, role: Role) 
         role=role,
         pfns=tuple(pfns[good].tolist()),
         ptdescs=tuple(addresses[good].tolist()),
-        before_break=int(np.count_nonzero(good[:before])),
+        before_break=int(np.count_nonzero(good[: walk.before_break])),
         problems=tuple(problems),
     )
 

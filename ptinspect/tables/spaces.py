@@ -24,7 +24,7 @@ from ptinspect.errors import PtinspectError
 from ptinspect.kernel.descriptor import byte_order, ptdesc_type
 from ptinspect.kernel.paging import MmFields, Paging, Root, paging_of
 from ptinspect.kernel.paging.model import object_or_none
-from ptinspect.lists import walk_list, walk_list_at
+from ptinspect.lists import walk_both_ways, walk_list, walk_list_at
 from ptinspect.memory import AddressArray, read_blocks
 from ptinspect.tables.slabs import SlabPages, slab_objects
 
@@ -332,9 +332,9 @@ class _Finder:
             return
         descriptor = ptdesc_type(prog)
         node_offset = offsetof(descriptor, "pt_list")
-        pgds = walk_list(head.address_of_())
-        if pgds.broken is not None:
-            self._notes.append(Note("pgd_list", str(pgds.broken)))
+        pgds = walk_both_ways(prog, head.address_of_().value_())
+        if pgds.lost:
+            self._notes.append(Note("pgd_list", str(pgds.breaks[0])))
         addresses = np.array([node - node_offset for node in pgds.nodes], np.uint64)
         members = _Members(prog, descriptor, ("pt_mm",)).read(addresses)
         for row in np.flatnonzero(members.readable).tolist():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_memory import BIG, DIRECT_MAP, LITTLE, PAGE, SparseMemory
 
-from ptinspect.lists import BreakReason, walk_list_at
+from ptinspect.lists import BreakReason, walk_both_ways, walk_list_at
 
 HEAD = DIRECT_MAP + 0x1000
 
@@ -107,3 +107,39 @@ def test_nodes_may_straddle_pages() -> None:
     addresses = [DIRECT_MAP + 0x5000 - 8, DIRECT_MAP + 7 * PAGE - 8]
     lists.ring(addresses)
     assert walk_list_at(lists.prog, HEAD).nodes == tuple(addresses)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lost"),
+    [
+        ([], False),
+        ([(NODES[0], 0, HEAD)], False),
+        ([(NODES[1], 0xDEAD000000000100, NODES[0])], False),
+        ([(NODES[1], NODES[2], 0xDEAD000000000122)], False),
+        ([(HEAD, 0, NODES[2])], False),
+        ([(HEAD, NODES[0], 0)], False),
+        # Both links of a node; a link onward, and one back elsewhere.
+        ([(NODES[1], 0, 0)], True),
+        ([(NODES[0], 0, HEAD), (NODES[2], HEAD, 0)], True),
+    ],
+)
+def test_both_ways(wrong: list[tuple[int, int, int]], lost: bool) -> None:
+    lists = Lists()
+    lists.ring(NODES)
+    for links in wrong:
+        lists.node(*links)
+    walk = walk_both_ways(lists.prog, HEAD)
+    assert bool(walk.breaks) is bool(wrong)
+    assert walk.lost is lost
+    assert walk.nodes == ((NODES[0], NODES[2]) if lost else tuple(NODES))
+
+
+def test_a_node_that_cannot_be_read_may_hide_others() -> None:
+    lists = Lists()
+    gone = DIRECT_MAP + 0x99000
+    lists.ring(NODES)
+    lists.node(NODES[0], gone, HEAD)
+    lists.node(NODES[1], NODES[2], gone)
+    walk = walk_both_ways(lists.prog, HEAD)
+    assert walk.lost
+    assert walk.nodes == tuple(NODES)
