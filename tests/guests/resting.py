@@ -108,7 +108,11 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
 
     def make() -> Guest:
         return Guest(
-            kernel.arch, kernel.image, initrd, memory=stock.memory, smp="2", append=stock.append
+            *(kernel.arch, kernel.image, initrd),
+            memory=stock.memory,
+            smp="2",
+            append=stock.append,
+            stub=True,
         )
 
     with booted(make, "@@ready", timeout=600) as guest:

@@ -1,6 +1,6 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Small wounds for a dump: one entry, one member of one descriptor, one pointer."""
+"""Small wounds for a kernel: one entry, one member of one descriptor, one pointer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from drgn import Object, Program
-from overlay import Overlay
+from overlay import Mendable
 
 from ptinspect.census import Census
 from ptinspect.checks.context import Context
@@ -30,25 +30,25 @@ class NotHereError(Exception):
 class Damage:
     """Damages one target until the stack is closed."""
 
-    def __init__(self, overlay: Overlay, census: Census, stack: ExitStack) -> None:
-        self.prog: Program = overlay.prog
+    def __init__(self, memory: Mendable, census: Census, stack: ExitStack) -> None:
+        self.prog: Program = memory.prog
         self.census = census
         self.context = Context(self.prog, census)
         self.tables = census.tables
         self.paging = census.paging
         self.arch = census.paging.architecture
-        self._overlay = overlay
+        self._memory = memory
         self._stack = stack
 
     # Writing.
 
     def write(self, address: int, data: bytes, *, physical: bool = False) -> None:
         """Lay bytes over memory."""
-        self._stack.enter_context(self._overlay.bytes_at(address, data, physical=physical))
+        self._stack.enter_context(self._memory.bytes_at(address, data, physical=physical))
 
     def write_object(self, obj: Object, value: object) -> int:
         """Give a variable or member another value; get its address."""
-        self._stack.enter_context(self._overlay.value_of(obj, value))
+        self._stack.enter_context(self._memory.value_of(obj, value))
         assert obj.address_ is not None
         return int(obj.address_)
 
