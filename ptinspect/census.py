@@ -298,7 +298,7 @@ def take_census(
     :param leaf_counts: Whether to read the tables of the lowest level and count their entries.
     :param scan_progress: Called now and then with how much of the memory map is scanned.
     :param walk_progress: Called now and then with how many tables are walked.
-    :param visitor: Is shown the raw entries of each table that is read at the lowest level.
+    :param visitor: Is shown the filled entries of each table that is read at the lowest level.
     :return: All tables and all typed pages, and what holds them.
     :raises PtinspectError: if the target's paging or memory model is not supported
     """

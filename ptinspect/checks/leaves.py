@@ -3,14 +3,16 @@
 """
 All leaf entries, looked at once for every invariant that asks about them.
 
-Tables of the lowest level are nearly all there are, so they are read a second time but once only:
-each question is asked of whole batches of entries, and only what answers yes is kept.
+Tables of the lowest level are nearly all there are: where the census has left them unread, reading
+them for it is the look too. Each question is asked of whole batches of entries, and only what
+answers yes is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Callable
 
 import numpy as np
@@ -19,7 +21,8 @@ import numpy.typing as npt
 from ptinspect.checks.model import Finding, Tally
 from ptinspect.kernel.paging.model import EntryClass
 from ptinspect.memory import BoolArray
-from ptinspect.tables.entries import Entries, filled_entries
+from ptinspect.tables.entries import Entries
+from ptinspect.tables.walk import RowArray, RowState, read_leaf_tables
 
 if TYPE_CHECKING:
     from ptinspect.checks.context import Context
@@ -39,12 +42,12 @@ class Batch:
     #: uint8, :class:`EntryClass`, corrected for kernel spaces.
     kind: npt.NDArray[np.uint8]
 
-    @property
+    @cached_property
     def space(self) -> npt.NDArray[np.uint32]:
         """Space of each entry."""
         return self.context.tables.space[self.row]
 
-    @property
+    @cached_property
     def va(self) -> npt.NDArray[np.uint64]:
         """Virtual address of each entry."""
         shift = np.uint64(self.context.paging.levels[self.level].shift)
@@ -68,9 +71,6 @@ Question = Callable[[Batch], "tuple[int, BoolArray]"]
 
 #: Suspects of one question that are kept.
 _MOST = 10_000
-
-#: Entries that are looked at together.
-_AT_ONCE = 1 << 16
 
 QUESTIONS: dict[str, Question] = {}
 
@@ -105,6 +105,7 @@ class LeafPass:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._kernel = np.array([space.kernel for space in context.tables.spaces], np.bool_)
         self._answers: dict[str, Answer] = {}
         self._done = False
 
@@ -114,37 +115,35 @@ class LeafPass:
 
         :raises Exception: what the question raised
         """
-        if not self._done:
-            self._run()
+        self.run()
         answer = self._answers[name]
         if answer.error is not None:
             raise answer.error
         return answer.asked, answer.suspects or []
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Look at all entries, if that is not done yet."""
+        if self._done:
+            return
         self._done = True
         self._answers = {name: Answer(suspects=[]) for name in QUESTIONS}
         context = self._context
-        kernel = np.array([space.kernel for space in context.tables.spaces], np.bool_)
         for level in range(len(context.paging.levels) - 1, 0, -1):
-            self._ask(self._batch(level, context.upper[level], kernel))
-        parts: list[Entries] = []
-        waiting = 0
-        for rows, raw in context.read_tables(0):
-            found = filled_entries(context.paging, raw, 0)
-            parts.append(Entries(rows[found.row], found.slot, found.value, found.kind))
-            waiting += len(found.row)
-            # Most tables are nearly empty: what a question costs by itself is paid once for many.
-            if waiting >= _AT_ONCE:
-                self._ask(self._batch(0, _joined(parts), kernel))
-                parts, waiting = [], 0
-        if parts:
-            self._ask(self._batch(0, _joined(parts), kernel))
+            self._ask(level, context.upper[level])
+        tables = context.tables
+        if not (tables.state == RowState.NOT_READ).any():
+            # Whoever took the census has read them: then this is a second look.
+            tables = tables.unread()
+        read_leaf_tables(context.prog, tables, visitor=self._look)
 
-    def _batch(self, level: int, entries: Entries, kernel: BoolArray) -> Batch:
+    def _look(self, rows: RowArray, found: Entries) -> None:
+        row = rows[found.row].astype(np.int64)
+        self._ask(0, Entries(row, found.slot, found.value, found.kind))
+
+    def _batch(self, level: int, entries: Entries) -> Batch:
         context = self._context
         row, slot, value, kind = entries
-        of_kernel = kernel[context.tables.space[row]]
+        of_kernel = self._kernel[context.tables.space[row]]
         if of_kernel.any():
             corrected = context.paging.kernel_kinds(kind, value, level)
             kind = np.where(of_kernel, corrected, kind)
@@ -152,7 +151,8 @@ class LeafPass:
         batch = Batch(context, level, row, slot, value, kind)
         return batch.take(kind != EntryClass.NONE)
 
-    def _ask(self, batch: Batch) -> None:
+    def _ask(self, level: int, entries: Entries) -> None:
+        batch = self._batch(level, entries)
         if not len(batch.row):
             return
         for name, ask in QUESTIONS.items():
@@ -169,10 +169,6 @@ class LeafPass:
                 assert answer.suspects is not None
                 answer.suspects.append(batch.take(hit))
                 answer.count += int(np.count_nonzero(hit))
-
-
-def _joined(parts: list[Entries]) -> Entries:
-    return parts[0] if len(parts) == 1 else Entries(*(np.concatenate(c) for c in zip(*parts)))
 
 
 def suspects(context: Context, tally: Tally, name: str) -> list[Batch]:

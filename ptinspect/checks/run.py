@@ -91,13 +91,19 @@ def run_checks(
     :raises PtinspectError: if the target's memory map or paging is not supported
     """
     chosen = select(only, skip)
-    if census is None:
-        census = take_census(prog)
-    results, seconds = _run(Context(prog, census, racing=racing), chosen, progress)
+    context = _new_context(prog, racing) if census is None else Context(prog, census, racing=racing)
+    results, seconds = _run(context, chosen, progress)
     if racing:
         for _ in range(ROUNDS):
             results = _confirm(prog, results)
-    return CheckResults(tuple(results), tuple(census_missing(census)), tuple(seconds))
+    return CheckResults(tuple(results), tuple(census_missing(context.census)), tuple(seconds))
+
+
+def _new_context(prog: Program, racing: bool) -> Context:
+    """Take a census, and look at all entries in the same go."""
+    context = Context(prog, take_census(prog, leaf_counts=False), racing=racing)
+    context.leaves.run()
+    return context
 
 
 def _run(
@@ -171,7 +177,7 @@ def _confirm(prog: Program, results: list[Result]) -> list[Result]:
     if not suspects:
         return results
     time.sleep(_PAUSE)
-    again, _ = _run(Context(prog, take_census(prog), racing=True), suspects, None)
+    again, _ = _run(_new_context(prog, True), suspects, None)
     return _intersect(results, again)
 
 

@@ -25,14 +25,12 @@ from ptinspect.faces.gmap import (
     walk_report,
 )
 from ptinspect.kernel.descriptor import page_is_pgtable, page_ptdesc
-from ptinspect.state.gmap import Gmap, Gmaps, ptdesc_gaddr
+from ptinspect.state.gmap import VM_HELP, Gmap, ptdesc_gaddr
 from ptinspect.state.pgste import Pgste, read_pgstes
 from ptinspect.tables.lookup import walk_address
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.steps import DescribedStep, describe_steps
 from ptinspect.target import open_target
-
-VM_HELP = "VM is the process ID of a machine's process, PID-FD, or gmap:ADDRESS."
 
 
 @click.command("gmap")
@@ -57,10 +55,7 @@ def command(vm: str | None, gaddr: str | None, asce: bool, pgste: bool, output_f
       ptinspect --sample s390x-6.12 gmap 64
       ptinspect --sample s390x-6.12 gmap 64 140000305000 --pgste
     """
-    if pgste and vm is None:
-        raise UsageError(f"--pgste needs a VM: {VM_HELP}")
-    if asce and vm is not None:
-        raise UsageError("--asce shows all mms and CPUs: leave out the VM")
+    check_question(vm, asce=asce, pgste=pgste)
     with open_target(chosen_target()) as target:
         prog, heading = target.prog, target_heading(target)
         progress = ProgressLine("Walking all address spaces")
@@ -79,50 +74,36 @@ def command(vm: str | None, gaddr: str | None, asce: bool, pgste: bool, output_f
         elif vm is None:
             report = gmaps_report(story, census, heading)
         else:
-            gmap = find_gmap(story.gmaps, vm)
+            gmap = story.gmaps.named(vm)
             if gaddr is None:
                 rows = list(_tree(prog, census, gmap))
                 found, missing = _pgstes(prog, census, gmap, rows) if pgste else (None, [])
                 missing = [*story.missing, *missing]
                 report = tree_report(story, gmap, census, rows, found, missing, heading)
             else:
-                walked = _walk(prog, census, gmap, _guest_address(gaddr), pgste)
+                walked = _walk(prog, census, gmap, guest_address(gaddr), pgste)
                 report = walk_report(story, gmap, census, walked, heading)
     return emit(report, output_format)
 
 
-def find_gmap(gmaps: Gmaps, name: str) -> Gmap:
+def check_question(vm: str | None, *, asce: bool, pgste: bool) -> None:
     """
-    Find the guest address space that a person named.
+    Refuse what does not go together.
 
-    :raises UsageError: if there is none, or more than one
+    :raises UsageError: with what to do instead
     """
-    text = name[5:] if name.startswith("gmap:") else name
-    if name.startswith(("gmap:", "0x")):
-        try:
-            address = int(text, 16)
-        except ValueError:
-            raise UsageError(f"{name!r} is no address; {VM_HELP}") from None
-        found = [gmap for gmap in gmaps.gmaps if gmap.address == address]
-    else:
-        found = [gmap for gmap in gmaps.gmaps if not gmap.parent and _is_called(gmap, name)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        several = ", ".join(gmap.name for gmap in found)
-        raise UsageError(f"{name} has {len(found)} guest address spaces: choose one of {several}")
-    known = ", ".join(gmap.name for gmap in gmaps.gmaps)
-    raise UsageError(f"{name!r} is no guest address space; {VM_HELP} There are: {known}")
+    if pgste and vm is None:
+        raise UsageError(f"--pgste needs a VM: {VM_HELP}")
+    if asce and vm is not None:
+        raise UsageError("--asce shows all mms and CPUs: leave out the VM")
 
 
-def _is_called(gmap: Gmap, name: str) -> bool:
-    if gmap.vm is not None and gmap.vm.name == name:
-        return True
-    tasks = () if gmap.space is None else gmap.space.tasks
-    return any(str(task.pid) == name for task in tasks)
+def guest_address(text: str) -> int:
+    """
+    Read a guest address: hexadecimal digits, ``0x`` is optional.
 
-
-def _guest_address(text: str) -> int:
+    :raises UsageError: if it is none
+    """
     try:
         value = int(text, 16)
     except ValueError:

@@ -14,6 +14,7 @@ from typing import Any, Callable
 
 from drgn.commands import DrgnCodeBuilder
 
+from ptinspect.cli.gmap import check_question, guest_address
 from ptinspect.cli.spaces import SPACE_HELP
 from ptinspect.errors import UsageError
 from ptinspect.listing import DEFAULT_COLUMNS, SCAN_COLUMNS
@@ -21,6 +22,7 @@ from ptinspect.listing import DEFAULT_COLUMNS, SCAN_COLUMNS
 Snippet = Callable[..., None]
 
 _SPACE = re.compile(r"(?:mm:(?:0[xX])?([0-9a-fA-F]+)|([0-9]+))(:kpti)?")
+_TABLES = re.compile(r"(gmap|asce):(?:0[xX])?([0-9a-fA-F]+)")
 
 
 def _summary(code: DrgnCodeBuilder, **_: Any) -> None:
@@ -69,7 +71,7 @@ def _list(
     if limit is not None:
         arguments.append(f"limit={limit}")
     if space is not None:
-        code.append(f"space = {_space_of('census.spaces', space)}\n")
+        code.append(f"space = {_space_of(code, 'census.spaces', space)}\n")
         arguments.append("within=census.reached_by(space)")
     code.append(f"rows = listing.select({', '.join(arguments)})\n")
     names: tuple[str, ...] = DEFAULT_COLUMNS if walk else SCAN_COLUMNS
@@ -103,10 +105,13 @@ def _walk(code: DrgnCodeBuilder, *, space_name: str, address_text: str, **_: Any
         address = f"{int(address_text, 16):#x}"
     except ValueError:
         address = f"prog.symbol({address_text!r}).address"
-    code.append(f"space = {_space_of('find_spaces(prog)', space_name)}\n")
+    code.append(f"space = {_space_of(code, 'find_spaces(prog)', space_name)}\n")
+    options = (
+        "kvm_owned=space.kvm_owned" if space_name.startswith("gmap:") else "kernel=space.kernel"
+    )
     code.append(
         f"""\
-found = walk_address(prog, paging_of(prog), space.root, {address}, kernel=space.kernel)
+found = walk_address(prog, paging_of(prog), space.root, {address}, {options})
 for step in found.steps:
     print(step.level, hex(step.table), step.index, step.value, step.kind)
 print(found.outcome, found.physical, found.permissions)
@@ -116,7 +121,7 @@ print(found.outcome, found.physical, found.permissions)
 
 def _map(code: DrgnCodeBuilder, *, space_name: str, **_: Any) -> None:
     code.add_from_import("ptinspect", "find_spaces", "map_space", "paging_of")
-    code.append(f"space = {_space_of('find_spaces(prog)', space_name)}\n")
+    code.append(f"space = {_space_of(code, 'find_spaces(prog)', space_name)}\n")
     code.append(
         """\
 for area in map_space(prog, paging_of(prog), space).ranges:
@@ -226,6 +231,111 @@ for row in locks.notable():
     )
 
 
+def _pending(code: DrgnCodeBuilder, *, each_table: bool, **_: Any) -> None:
+    _stories(code)
+    code.append(
+        """\
+pending = stories.pending
+print(len(pending.pfns), "tables wait,", pending.typed.sum(), "of them typed")
+for free, count in zip(pending.frees, pending.table_counts()):
+    print(free.way.value, free.segment, free.cpu, hex(free.address), free.function, count)
+"""
+    )
+    if each_table:
+        code.append(
+            """\
+for address, number in zip(pending.addresses, pending.free):
+    print(hex(address), hex(pending.frees[number].address))
+"""
+        )
+
+
+def _gmap(
+    code: DrgnCodeBuilder,
+    *,
+    vm: str | None,
+    gaddr: str | None,
+    asce: bool,
+    pgste: bool,
+    **_: Any,
+) -> None:
+    check_question(vm, asce=asce, pgste=pgste)
+    address = None if gaddr is None else guest_address(gaddr)
+    _stories(code)
+    if asce:
+        code.append(
+            """\
+print(stories.asces.absent or "")
+for asce in stories.asces.asces:
+    print(asce.kind, asce.name, hex(asce.value), asce.level, asce.problems)
+"""
+        )
+        return
+    code.append("story = stories.gmaps\n")
+    if vm is None:
+        code.append(
+            """\
+print(story.gmaps.absent or "")
+for gmap in story.gmaps.gmaps:
+    print(gmap.name, gmap.vm and gmap.vm.name, gmap.shadow, hex(gmap.asce))
+for found in story.disagreements:
+    print(found.relation.value, found.text)
+"""
+        )
+        return
+    code.append(f"gmap = story.gmaps.named({vm!r})\n")
+    if address is None:
+        code.append(
+            """\
+tables = census.tables
+rows = tables.rows_of_space(tables.spaces.index(gmap.space))
+for row in rows:
+    level = tables.paging.levels[tables.level[row]].name
+    print(level, hex(tables.va[row]), hex(tables.address[row]))
+"""
+        )
+        lowest = """\
+lowest = rows[tables.level[rows] == 0]
+addresses, guests = tables.address[lowest], tables.va[lowest]
+"""
+        wanted = ""
+    else:
+        code.add_from_import("ptinspect", "walk_address")
+        code.append(
+            f"""\
+paging = census.paging
+guest = walk_address(prog, paging, gmap.space.root, {address:#x}, kvm_owned=gmap.kvm_owned)
+for step in guest.steps:
+    print(step.level, hex(step.table), step.index, step.value, step.kind)
+host = story.host_address(gmap, {address:#x})
+print(guest.outcome, guest.physical, host)
+mm = census.spaces.of_mm(gmap.mm)
+if host is not None and mm is not None:
+    print(walk_address(prog, paging, mm.root, host).physical)
+"""
+        )
+        # A page table of s390 maps a segment.
+        lowest = f"""\
+addresses = numpy.array([step.table for step in guest.steps if step.level == 0], numpy.uint64)
+guests = numpy.full(len(addresses), {address & ~0xFFFFF:#x}, numpy.uint64)
+"""
+        wanted = f" if pgste.guest == {address & ~0xFFF:#x}"
+    if pgste:
+        if address is not None:
+            code.add_import("numpy")
+        code.add_from_import("ptinspect.state.pgste", "read_pgstes")
+        code.append(
+            f"""\
+{lowest}\
+pgstes, readable = read_pgstes(
+    prog, census.paging, addresses, guests, kvm_owned=gmap.kvm_owned
+)
+for pgste in (pgste for pgste in pgstes{wanted}):
+    print(hex(pgste.guest), hex(pgste.value), pgste.usage, pgste.flags)
+"""
+        )
+
+
 def _stories(code: DrgnCodeBuilder) -> None:
     code.add_from_import("ptinspect", "take_census")
     code.append("census = take_census(prog, leaf_counts=False)\nstories = census.stories\n")
@@ -262,12 +372,21 @@ for finding in results.findings:
     )
 
 
-def _space_of(spaces: str, name: str) -> str:
+def _space_of(code: DrgnCodeBuilder, spaces: str, name: str) -> str:
     """Write the expression that finds a space by the name that a person gave it."""
     if name == "kernel":
         return f"{spaces}.kernel"
     if name == "efi":
         return f'next(s for s in {spaces}.spaces if s.kind.name == "EFI")'
+    tables = _TABLES.fullmatch(name)
+    if tables is not None and tables[1] == "asce":
+        code.add_from_import("ptinspect.tables.spaces", "Space", "SpaceKind")
+        code.add_from_import("ptinspect", "paging_of")
+        return f"Space(SpaceKind.ASCE, paging_of(prog).root_of_asce({int(tables[2], 16):#x}))"
+    if tables is not None:
+        code.add_from_import("ptinspect.state.gmap", "read_gmaps")
+        gmaps = f"read_gmaps(prog, {spaces}.spaces)"
+        return f"{gmaps}.named({name!r}).space"
     match = _SPACE.fullmatch(name)
     if match is None:
         raise UsageError(f"{name!r} is no address space; {SPACE_HELP}")
@@ -282,17 +401,19 @@ def _space_of(spaces: str, name: str) -> str:
     return f"{spaces}.of_mm({int(mm, 16):#x})" if mm else f"{spaces}.of_pid({int(pid)})"
 
 
-#: By the command's name; a command that is not here has no ``--drgn``.
+#: By the command's name: every command that answers in drgn's shell.
 SNIPPETS: dict[str, Snippet] = {
     "check": _check,
     "deposits": _deposits,
     "frags": _frags,
+    "gmap": _gmap,
     "layout": _layout,
     "list": _list,
     "lists": _lists,
     "locks": _locks,
     "map": _map,
     "owner": _owner,
+    "pending": _pending,
     "ps": _ps,
     "sharing": _sharing,
     "show": _show,

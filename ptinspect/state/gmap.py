@@ -19,6 +19,7 @@ import numpy as np
 from drgn import Architecture, FaultError, Object, Program, Type, offsetof
 from drgn.helpers.linux.mm import page_to_pfn
 
+from ptinspect.errors import UsageError
 from ptinspect.kernel.descriptor import byte_order, page_ptdesc, ptdesc_has_member, ptdesc_member
 from ptinspect.kernel.paging import paging_of
 from ptinspect.kernel.paging.model import object_or_none
@@ -33,6 +34,9 @@ from ptinspect.tables.spaces import Found, Space, SpaceKind
 
 #: More guest address spaces than any machine has.
 GMAP_LIMIT = 1 << 16
+
+#: How a person names one.
+VM_HELP = "VM is the process ID of a machine's process, PID-FD, or gmap:ADDRESS."
 
 _NO_TREE = RadixWalk({})
 
@@ -144,6 +148,13 @@ class Gmap:
         """A short name for people."""
         return f"gmap:{self.address:#x}"
 
+    def is_called(self, name: str) -> bool:
+        """Whether its machine has this name (PID-FD), or is run by the process of this ID."""
+        if self.vm is not None and self.vm.name == name:
+            return True
+        tasks = () if self.space is None else self.space.tasks
+        return any(str(task.pid) == name for task in tasks)
+
     def host_address(self, guest: int) -> int | None:
         """
         Translate a guest address to one of the process.
@@ -175,6 +186,30 @@ class Gmaps:
     def spaces(self) -> tuple[Space, ...]:
         """Their address spaces."""
         return tuple(gmap.space for gmap in self.gmaps if gmap.space is not None)
+
+    def named(self, name: str) -> Gmap:
+        """
+        Find the guest address space that a person named (:data:`VM_HELP`).
+
+        :raises UsageError: if there is none, or more than one
+        """
+        if name.startswith(("gmap:", "0x")):
+            try:
+                address = int(name.removeprefix("gmap:"), 16)
+            except ValueError:
+                raise UsageError(f"{name!r} is no address; {VM_HELP}") from None
+            found = [gmap for gmap in self.gmaps if gmap.address == address]
+        else:
+            found = [gmap for gmap in self.gmaps if not gmap.parent and gmap.is_called(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = ", ".join(gmap.name for gmap in found)
+            raise UsageError(
+                f"{name} has {len(found)} guest address spaces: choose one of {several}"
+            )
+        known = ", ".join(gmap.name for gmap in self.gmaps) or "none"
+        raise UsageError(f"{name!r} is no guest address space; {VM_HELP} There are: {known}")
 
     @property
     def held_pfns(self) -> AddressArray:

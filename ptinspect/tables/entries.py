@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +76,34 @@ def tally(entries: Entries, tables: int, per_table: int) -> CountArray:
     return counts.astype(np.uint16)
 
 
+class Lines(NamedTuple):
+    """The lines of eight entries of some tables in which anything is filled."""
+
+    #: int64, which line each is, counted from the first line of table 0.
+    number: IndexArray
+    #: uint64, shape (n, 8), raw entries.
+    entries: EntryArray
+
+
+def entries_of_lines(paging: Paging, parts: Sequence[Lines], first: int) -> Entries:
+    """
+    Get the filled entries of the lowest level out of lines.
+
+    :param parts: One after the other.
+    :param first: Number of the table from which ``row`` counts.
+    """
+    numbers = np.concatenate([part.number for part in parts])
+    raw = np.concatenate([part.entries for part in parts]).reshape(-1)
+    level = paging.levels[0]
+    places = np.flatnonzero(raw != paging.raw_constant(level.empty))
+    values = paging.values(raw[places])
+    index = numbers[places // _LINE] * _LINE
+    index += places % _LINE
+    row = index // level.entries
+    slot = index - row * level.entries
+    return Entries(row - first, slot, values, paging.classify(values, 0))
+
+
 class _Flags(NamedTuple):
     """Room for one boolean for each entry of some tables, seen in several ways."""
 
@@ -121,37 +150,40 @@ class LeafTableCounter:
         lanes = lines.reshape(tables * self._lanes, self._lines // self._lanes)
         return _Flags(filled, lanes, lines, np.empty(len(lines), np.bool_))
 
-    def add(self, first: int, raw: EntryArray, readable: BoolArray | None) -> None:
+    def add(self, first: int, raw: EntryArray, readable: BoolArray | None) -> Lines:
         """
         Count some tables.
 
         :param first: Number of the first of them.
         :param raw: uint64, shape (n, entries), contiguous.
         :param readable: bool, shape (n,); tables for which it is False are not counted.
+        :return: Their lines in which anything is filled; they can share the memory of *raw*.
         """
         count = len(raw)
         if len(self._flags.filled) != raw.size:
             self._flags = self._make_flags(count)
         filled, lanes, lines, used = self._flags
-        entries = raw.reshape(-1)
-        np.not_equal(entries, self._empty, out=filled)
+        np.not_equal(raw.reshape(-1), self._empty, out=filled)
         here = slice(first * self._lanes, (first + count) * self._lanes)
         np.add.reduce(lanes, axis=1, out=self._filled[here])
+        np.not_equal(lines, _NO_FLAGS, out=used)
         if readable is not None:
             self._known[first : first + count] = readable
-        np.not_equal(lines, _NO_FLAGS, out=used)
+            used.reshape(count, -1)[~readable] = False
         (place,) = used.nonzero()
+        entries = raw.reshape(-1, _LINE)
         if len(place) < len(lines):
-            lines, entries = lines.take(place), entries.reshape(-1, _LINE).take(place, axis=0)
-        elif self._value == self._mask == np.bitwise_and.reduce(entries) & self._mask:
+            lines, entries = lines.take(place), entries.take(place, axis=0)
+        elif self._value == self._mask == np.bitwise_and.reduce(raw, axis=None) & self._mask:
             # All full of plain leaves.
-            return
+            return Lines(place + first * self._lines, entries)
         leaves = ((entries & self._mask) == self._value).reshape(-1)
         # A plain leaf is filled, so that the two differ only in entries that are something else.
         if lines.tobytes() != leaves.tobytes():
             (other,) = (lines.view(np.bool_) ^ leaves).nonzero()
             table = place[other // _LINE] // self._lines
             self._add_others(first, count, table, entries.reshape(-1)[other])
+        return Lines(place + first * self._lines, entries)
 
     def _add_others(self, first: int, count: int, table: IndexArray, raw: EntryArray) -> None:
         """Look at single entries that are filled, but no plain leaves."""
@@ -176,8 +208,7 @@ class LeafTableCounter:
         counts[where, EntryClass.LEAF] = filled
         counts[where, EntryClass.NONE] = np.uint16(self._entries) - filled
         for tables, others in self._others:
-            seen = known[tables]
-            where, others = rows[tables[seen]], others[seen]
+            where = rows[tables]
             counts[where] += others
             counts[where, EntryClass.LEAF] -= others.sum(axis=1, dtype=np.uint16)
 

@@ -12,9 +12,8 @@ from drgn import Program, sizeof
 
 from ptinspect.kernel.descriptor import ptdesc_dtype
 from ptinspect.kernel.paging import EntryClass, Paging
-from ptinspect.kernel.paging.model import EntryArray
 from ptinspect.memory import AddressArray, read_blocks
-from ptinspect.tables.entries import filled_entries
+from ptinspect.tables.entries import Entries
 from ptinspect.tables.nodes import page_nodes
 from ptinspect.tables.scan import PageRange, memmap_ranges
 from ptinspect.tables.walk import RowArray
@@ -112,9 +111,8 @@ class NodeCounter:
         self._rows: list[RowArray] = []
         self._counts: list[npt.NDArray[np.uint16]] = []
 
-    def __call__(self, rows: RowArray, raw: EntryArray) -> None:
+    def __call__(self, rows: RowArray, entries: Entries) -> None:
         """Count the pages that some tables of the lowest level map."""
-        entries = filled_entries(self._paging, raw, 0)
         leaf = entries.kind == EntryClass.LEAF
         row, slot = entries.row[leaf], entries.slot[leaf]
         targets = self._paging.leaf_targets(entries.value[leaf], 0, slot)

@@ -13,7 +13,7 @@ input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from ptinspect.tables.entries import (
     CountArray,
     Entries,
     LeafTableCounter,
+    Lines,
+    entries_of_lines,
     filled_entries,
     raw_entries,
     tally,
@@ -48,11 +50,14 @@ _SWAP_LIKE = np.array(
     [EntryClass.SWAP, EntryClass.MIGRATION, EntryClass.MARKER, EntryClass.SPECIAL], np.intp
 )
 
+#: Lines of eight entries that are shown to a visitor together.
+_SHOWN_LINES = 1 << 13
+
 #: Called now and then with (tables read, tables known so far).
 Progress = Callable[[int, int], None]
 
-#: Called with rows of tables and their raw entries, shape (n, entries), valid during the call.
-Visitor = Callable[[RowArray, EntryArray], None]
+#: Called with rows of tables and their filled entries, whose ``row`` counts within those rows.
+Visitor = Callable[[RowArray, Entries], None]
 
 
 class RowState(IntEnum):
@@ -140,6 +145,14 @@ class Tables:
         """Get the rows of one space, from the root down."""
         return np.flatnonzero(self.space == space)
 
+    def unread(self) -> Tables:
+        """Get the same as they were before the tables of the lowest level were read."""
+        state, counts = self.state.copy(), self.counts.copy()
+        lowest = self.level == 0
+        state[lowest & (state == RowState.READ)] = RowState.NOT_READ
+        counts[lowest] = 0
+        return replace(self, state=state, counts=counts)
+
     def nbytes(self) -> int:
         """Bytes that the columns take."""
         columns = (c for c in vars(self).values() if isinstance(c, np.ndarray))
@@ -193,12 +206,28 @@ def walk_spaces(
     :param leaf_counts: Whether to read the tables of the lowest level, which are most of all.
     :param memory: Where the target has memory; entries that point elsewhere are marked.
     :param progress: Called now and then with how many tables are walked, of how many known.
-    :param visitor: Is shown the raw entries of each table that is read at the lowest level.
+    :param visitor: Is shown the filled entries of each table that is read at the lowest level.
     :param batch_bytes: How much is held at a time.
     :return: One row for each table and way to it, as arrays.
     """
-    walker = _Walker(prog, paging, spaces, leaf_counts, memory, progress, visitor, batch_bytes)
-    return walker.walk()
+    walker = _Walker(prog, paging, spaces, memory, progress, batch_bytes)
+    tables = walker.walk()
+    if leaf_counts:
+        _read_leaf_tables(prog, tables, walker.leaf_rows, progress, visitor, batch_bytes)
+    return tables
+
+
+def read_leaf_tables(prog: Program, tables: Tables, *, visitor: Visitor | None = None) -> None:
+    """
+    Read the tables of the lowest level that a walk left unread, and enter their counts and states.
+
+    :param tables: Of a walk without leaf counts; its columns are changed in place.
+    :param visitor: Is shown the filled entries of each of them.
+    """
+    rows = np.flatnonzero(tables.state == RowState.NOT_READ)
+    # Quick on what is partly in order, as most of them are.
+    rows = rows[np.argsort(tables.address[rows], kind="stable")]
+    _read_leaf_tables(prog, tables, rows, None, visitor, CHUNK_BYTES)
 
 
 class _Walker:
@@ -207,19 +236,15 @@ class _Walker:
         prog: Program,
         paging: Paging,
         spaces: Sequence[Space],
-        leaf_counts: bool,
         memory: PhysicalRanges | None,
         progress: Progress | None,
-        visitor: Visitor | None,
         batch_bytes: int,
     ) -> None:
         self._prog = prog
         self._paging = paging
         self._spaces = tuple(spaces)
-        self._leaf_counts = leaf_counts
         self._memory = memory
         self._progress = progress
-        self._visitor = visitor
         self._batch_bytes = batch_bytes
         self._is_kernel = np.array([space.kernel for space in spaces], np.bool_)
         self._is_kvm = np.array([space.kvm_owned for space in spaces], np.bool_)
@@ -227,6 +252,8 @@ class _Walker:
         self._first_row = 0
         #: Columns of finished levels, from the top.
         self._levels: list[dict[str, npt.NDArray[Any]]] = []
+        #: Rows of the tables of the lowest level that are there, in order of address.
+        self.leaf_rows: npt.NDArray[np.intp] = np.empty(0, np.intp)
 
     def walk(self) -> Tables:
         frontier: _Frontier | None = None
@@ -278,11 +305,10 @@ class _Walker:
         children: list[_Children] = []
         if level:
             children = self._read_tables(frontier, level, rows, state, counts)
-        elif self._leaf_counts:
-            self._read_leaf_tables(frontier, rows, state, counts)
         else:
             state[rows] = RowState.NOT_READ
-        _show_kvm_pages(counts, self._is_kvm[frontier.space])
+            self.leaf_rows = rows + self._first_row
+        _show_kvm_pages(counts, np.flatnonzero(self._is_kvm[frontier.space]))
         shared = np.flatnonzero(first >= 0)
         counts[shared] = counts[first[shared]]
         first[shared] += self._first_row
@@ -392,69 +418,16 @@ class _Walker:
             if kernel[place].any():
                 in_kernel = self._is_kernel[frontier.space[here]]
                 _hide_swap(counts, here[in_kernel])
-                number = self._hidden_leaves(raw[in_kernel], level)
+                number = _hidden_leaves(self._paging, raw[in_kernel], level)
                 counts[here[in_kernel], EntryClass.LEAF] -= number
                 counts[here[in_kernel], EntryClass.PROT_NONE] += number
             self._report(len(batch.data), frontier)
         return children
 
-    def _read_leaf_tables(
-        self,
-        frontier: _Frontier,
-        rows: npt.NDArray[np.intp],
-        state: npt.NDArray[np.uint8],
-        counts: CountArray,
-    ) -> None:
-        """
-        Read the tables of the lowest level: nearly all there are, so little is done for each.
-
-        No space has its root here.
-        """
-        counter = LeafTableCounter(self._paging, len(rows))
-        size = self._paging.levels[0].table_bytes
-        kernel = self._is_kernel[frontier.space[rows]]
-        hidden = self._paging.levels[0].kernel_hidden is not None
-        unseen: list[tuple[npt.NDArray[np.intp], CountArray]] = []
-        for batch in iter_blocks(
-            self._prog, frontier.address[rows], size, batch_bytes=self._batch_bytes
-        ):
-            raw = raw_entries(batch.data)
-            counter.add(batch.first, raw, batch.readable)
-            self._report(len(raw), frontier)
-            if batch.readable is None and self._visitor is None and not hidden:
-                # Freed before the next read, which then gets the same memory.
-                del batch, raw
-                continue
-            here = rows[batch.first : batch.first + len(raw)]
-            if batch.readable is not None:
-                state[here[~batch.readable]] = RowState.UNREADABLE
-                here, raw = here[batch.readable], raw[batch.readable]
-            if self._visitor is not None:
-                self._visitor((here + self._first_row).astype(np.int32), raw)
-            in_kernel = self._is_kernel[frontier.space[here]]
-            if hidden and in_kernel.any():
-                unseen.append((here[in_kernel], self._hidden_leaves(raw[in_kernel], 0)))
-            del batch, raw
-        counter.store(counts, rows)
-        _hide_swap(counts, rows[kernel])
-        for where, number in unseen:
-            counts[where, EntryClass.LEAF] -= number
-            counts[where, EntryClass.PROT_NONE] += number
-
     def _report(self, done: int, frontier: _Frontier) -> None:
         self._done += done
         if self._progress is not None:
             self._progress(self._done, self._first_row + len(frontier.space))
-
-    def _hidden_leaves(self, raw: EntryArray, level: int) -> CountArray:
-        """Count, by table, the leaves that are hidden if the table is the kernel's."""
-        hidden = self._paging.levels[level].kernel_hidden
-        if hidden is None:
-            return np.zeros(len(raw), np.uint16)
-        entries = filled_entries(self._paging, raw, level)
-        unseen = (entries.value & np.uint64(hidden.mask)) == np.uint64(hidden.value)
-        unseen &= entries.kind == EntryClass.LEAF
-        return np.bincount(entries.row[unseen], minlength=len(raw)).astype(np.uint16)
 
     def _only_own_entries(
         self, frontier: _Frontier, level: int, rows: npt.NDArray[np.intp], raw: EntryArray
@@ -535,9 +508,104 @@ def _in_order(addresses: AddressArray) -> tuple[npt.NDArray[np.intp], AddressArr
     return order, addresses[order]
 
 
-def _show_kvm_pages(counts: CountArray, rows: BoolArray) -> None:
+def _read_leaf_tables(
+    prog: Program,
+    tables: Tables,
+    rows: npt.NDArray[np.intp],
+    progress: Progress | None,
+    visitor: Visitor | None,
+    batch_bytes: int,
+) -> None:
+    """
+    Read the tables of the lowest level: nearly all there are, so little is done for each.
+
+    No space has its root here.
+
+    :param rows: Those to read, in order of address.
+    """
+    paging, state, counts = tables.paging, tables.state, tables.counts
+    counter = LeafTableCounter(paging, len(rows))
+    gatherer = None if visitor is None else _Gatherer(paging, rows, visitor)
+    spaces = tables.space[rows]
+    kernel = np.array([space.kernel for space in tables.spaces], np.bool_)[spaces]
+    hidden = paging.levels[0].kernel_hidden is not None
+    unseen: list[tuple[npt.NDArray[np.intp], CountArray]] = []
+    state[rows] = RowState.READ
+    above = len(tables) - int(np.count_nonzero(tables.level == 0))
+    for batch in iter_blocks(
+        prog, tables.address[rows], paging.levels[0].table_bytes, batch_bytes=batch_bytes
+    ):
+        raw = raw_entries(batch.data)
+        lines = counter.add(batch.first, raw, batch.readable)
+        end = batch.first + len(raw)
+        if progress is not None:
+            progress(above + end, len(tables))
+        if batch.readable is not None:
+            state[rows[batch.first : end][~batch.readable]] = RowState.UNREADABLE
+        if gatherer is not None:
+            gatherer.add(end, lines)
+        if hidden:
+            in_kernel = kernel[batch.first : end]
+            where = rows[batch.first : end][in_kernel]
+            unseen.append((where, _hidden_leaves(paging, raw[in_kernel], 0)))
+        # Freed before the next read, which then gets the same memory.
+        del batch, raw, lines
+    if gatherer is not None:
+        gatherer.show()
+    counter.store(counts, rows)
+    _hide_swap(counts, rows[kernel])
+    for where, number in unseen:
+        counts[where, EntryClass.LEAF] -= number
+        counts[where, EntryClass.PROT_NONE] += number
+    of_kvm = np.array([space.kvm_owned for space in tables.spaces], np.bool_)
+    _show_kvm_pages(counts, rows[of_kvm[spaces]])
+    shared = np.flatnonzero((tables.level == 0) & (tables.first >= 0))
+    counts[shared] = counts[tables.first[shared]]
+
+
+class _Gatherer:
+    """Gathers filled entries until it is worth while to show them to a visitor."""
+
+    def __init__(self, paging: Paging, rows: npt.NDArray[np.intp], visitor: Visitor) -> None:
+        self._paging = paging
+        self._rows = rows
+        self._visitor = visitor
+        #: Number of the first table that was not shown, and of the table behind the last.
+        self._first = self._end = 0
+        self._parts: list[Lines] = []
+        self._waiting = 0
+
+    def add(self, end: int, lines: Lines) -> None:
+        """Take the lines of some tables, up to the table with the number *end*."""
+        self._end = end
+        self._parts.append(lines)
+        self._waiting += len(lines.number)
+        # Most tables are nearly empty: what a visit costs by itself is paid once for many.
+        if self._waiting >= _SHOWN_LINES:
+            self.show()
+
+    def show(self) -> None:
+        """Show what has come together."""
+        if self._parts:
+            rows = self._rows[self._first : self._end].astype(np.int32)
+            self._visitor(rows, entries_of_lines(self._paging, self._parts, self._first))
+        self._first, self._parts, self._waiting = self._end, [], 0
+
+
+def _hidden_leaves(paging: Paging, raw: EntryArray, level: int) -> CountArray:
+    """Count, by table, the leaves that are hidden if the table is the kernel's."""
+    hidden = paging.levels[level].kernel_hidden
+    if hidden is None or not len(raw):
+        return np.zeros(len(raw), np.uint16)
+    entries = filled_entries(paging, raw, level)
+    unseen = (entries.value & np.uint64(hidden.mask)) == np.uint64(hidden.value)
+    unseen &= entries.kind == EntryClass.LEAF
+    return np.bincount(entries.row[unseen], minlength=len(raw)).astype(np.uint16)
+
+
+def _show_kvm_pages(counts: CountArray, rows: npt.NDArray[np.intp]) -> None:
     """Count what looks hidden as mapped pages; see :meth:`Paging.kvm_kinds`."""
-    if rows.any():
+    if len(rows):
         counts[rows, EntryClass.LEAF] += counts[rows, EntryClass.PROT_NONE]
         counts[rows, EntryClass.PROT_NONE] = 0
 

@@ -23,7 +23,6 @@ from opened import Sample
 from overlay import Overlay
 
 from ptinspect.census import Census, Holder, take_census, untyped_census
-from ptinspect.cli.gmap import find_gmap
 from ptinspect.cli.spaces import choose_space
 from ptinspect.errors import UsageError
 from ptinspect.faces.gmap import absent_report, gmaps_report
@@ -328,15 +327,15 @@ def test_how_a_machine_is_named(sample: Sample, census: Census) -> None:
     found = census.stories.gmaps.gmaps
     first = of_pid(census, main_pid(sample))[0]
     assert first.vm is not None
-    assert find_gmap(found, f"gmap:{first.address:#x}") is first
-    assert find_gmap(found, str(main_pid(sample))) is first
-    assert find_gmap(found, str(first.vm.name)) is first
+    assert found.named(f"gmap:{first.address:#x}") is first
+    assert found.named(str(main_pid(sample))) is first
+    assert found.named(str(first.vm.name)) is first
     with pytest.raises(UsageError, match="no guest address space"):
-        find_gmap(found, "1")
+        found.named("1")
     twins = {page.pid for page in made(sample, "gmap-slot") if len(of_pid(census, page.pid)) > 1}
     for pid in twins:
         with pytest.raises(UsageError, match="has 2 guest address spaces"):
-            find_gmap(found, str(pid))
+            found.named(str(pid))
 
 
 def test_what_a_descriptor_says_of_its_guest(sample: Sample, census: Census) -> None:

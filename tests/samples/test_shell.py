@@ -181,6 +181,64 @@ def test_code_of_check(sample: Sample) -> None:
         assert {row["invariant"]: (row["verdict"], row["examined"]) for row in seen} == ours
 
 
+def test_code_of_pending(moving: Sample) -> None:
+    names, printed = run_code(moving, "ptpending --tables")
+    seen = tables_of(in_shell(moving, "ptpending --tables --format json"))
+    assert len(names["pending"].pfns) == seen["total"]["tables"] == len(seen["tables"]) > 0
+    rows = [(row["physical"], row["freed_by"]) for row in seen["tables"]]
+    assert printed.splitlines()[-len(rows) :] == [" ".join(row) for row in rows]
+
+
+def test_code_of_gmap(sample: Sample) -> None:
+    names, printed = run_code(sample, "ptgmap")
+    gmaps = names["story"].gmaps.gmaps
+    seen = tables_of(in_shell(sample, "ptgmap --format json"))
+    assert len(gmaps) == len(seen.get("gmaps", []))
+    assert (names["story"].gmaps.absent or "") == printed.splitlines()[0]
+    names, _ = run_code(sample, "ptgmap --asce")
+    asces = tables_of(in_shell(sample, "ptgmap --asce --format json")).get("asces", [])
+    found = names["stories"].asces.asces
+    assert [hex(asce.value) for asce in found] == [row["asce"] for row in asces]
+    for gmap in gmaps:
+        code_of_one_gmap(sample, gmap.name)
+
+
+def code_of_one_gmap(sample: Sample, name: str) -> None:
+    names, _ = run_code(sample, f"ptgmap {name} --pgste")
+    seen = tables_of(in_shell(sample, f"ptgmap {name} --pgste --format json"))
+    assert sorted(names["tables"].address[names["rows"]].tolist()) == sorted(
+        int(row["table"], 16) for row in seen["tables"]
+    )
+    assert [pgste.guest for pgste in names["pgstes"]] == [
+        int(row["guest"], 16) for row in seen["pgstes"]
+    ]
+    guest = seen["pgstes"][0]["guest"]
+    names, _ = run_code(sample, f"ptgmap {name} {guest} --pgste")
+    seen = tables_of(in_shell(sample, f"ptgmap {name} {guest} --pgste --format json"))
+    steps = [row["table"] for row in seen["steps"] if row["side"] == "guest"]
+    assert [hex(step.table) for step in names["guest"].steps] == steps
+    host = seen["result"]["host"]
+    assert names["host"] == (None if host is None else int(host, 16))
+    physical = names["guest"].physical
+    walked, _ = run_code(sample, f"ptwalk {name} {guest}")
+    assert walked["found"].physical == physical
+    assert run_code(sample, f"ptmap {name}")[0]["space"].root == names["gmap"].space.root
+    asce = f"asce:{names['gmap'].asce:#x}"
+    assert [
+        step.table for step in run_code(sample, f"ptwalk {asce} {guest}")[0]["found"].steps
+    ] == [step.table for step in walked["found"].steps]
+
+
+def test_code_is_only_printed_for_what_can_be_asked(sample: Sample) -> None:
+    for line in ("ptgmap --pgste --drgn", "ptgmap 1 --asce --drgn", "ptgmap 1 zork --drgn"):
+        with pytest.raises(CommandError):
+            run_command(sample.prog, line)
+
+
+def test_every_command_has_code() -> None:
+    assert sorted(SNIPPETS) == sorted(answering_commands())
+
+
 # The shells
 
 
