@@ -99,7 +99,8 @@ class Context:
     @cached_property
     def pages(self) -> Pages:
         """The struct pages of the tables, by row."""
-        return self.page_reader.read(self.tables.address // np.uint64(self.paging.page_bytes))
+        frames = self.tables.address // np.uint64(self.paging.page_bytes)
+        return self.page_reader.read(frames, self.census.descriptor)
 
     @cached_property
     def slab_allowed(self) -> BoolArray:

@@ -397,8 +397,9 @@ def _slots(prog: Program, scan: MemmapScan, rows: npt.NDArray[np.intp]) -> ByteA
     """The eight bytes of ``ptl`` of some descriptors."""
     start = ptdesc_type(prog).member(native_member_name(prog, "ptl")).offset
     size = scan.descriptors.dtype.itemsize
-    raw = scan.descriptors.view(np.uint8).reshape(len(scan.descriptors), size)
-    slots: ByteArray = raw[rows, start : start + _SLOT]
+    # A column of words, which NumPy picks from much faster than from one of single bytes.
+    words = np.ndarray(len(scan.descriptors), np.uint64, scan.descriptors, start, (size,))
+    slots: ByteArray = words[rows].view(np.uint8).reshape(-1, _SLOT)
     return slots
 
 

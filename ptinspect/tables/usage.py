@@ -66,17 +66,18 @@ def space_usage(tables: Tables) -> SpaceUsage:
         return np.bincount(slot[rows], minlength=spaces * levels).reshape(spaces, levels)
 
     number = count(there)
-    filled = tables.counts.sum(axis=1, dtype=np.int64) - tables.counts[:, EntryClass.NONE]
-    empty = count(there & tables.counted & ~root & (filled == 0))
+    entries = np.array([level.entries for level in tables.paging.levels], np.uint16)
+    unused = tables.counts[:, EntryClass.NONE] == entries[tables.level]
+    empty = count(there & tables.counted & ~root & unused)
     sizes = np.array([level.table_bytes for level in tables.paging.levels], np.int64)
     accounted = sizes.copy()
     accounted[_HIGHEST_COUNTED_LEVEL + 1 :] = 0
     leaf = np.zeros((spaces, len(EntryClass)), np.int64)
-    lowest = tables.level == 0
+    lowest = np.flatnonzero(tables.level == 0)
     for kind in EntryClass:
-        leaf[:, kind] = np.bincount(
-            tables.space[lowest], tables.counts[lowest, kind], minlength=spaces
-        )
+        numbers = tables.counts[lowest, kind]
+        if numbers.any():
+            leaf[:, kind] = np.bincount(tables.space[lowest], numbers, minlength=spaces)
     lost = np.isin(tables.state, (RowState.UNREADABLE, RowState.OUTSIDE, RowState.CYCLE))
     complete = np.bincount(tables.space[lost], minlength=spaces) == 0
     return SpaceUsage(

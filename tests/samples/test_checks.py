@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from opened import Sample
 
+from ptinspect.census import take_census
 from ptinspect.checks import Verdict, invariants, run_checks, unverified
 from ptinspect.cli.main import run
 
@@ -25,6 +26,15 @@ def test_silent_on_a_healthy_kernel(sample: Sample) -> None:
         assert bool(result.reason) == (result.verdict is Verdict.NOT_APPLICABLE), result
         # A CPU of that one was stopped while it freed tables.
         assert not result.set_aside or sample.name.endswith("-load")
+
+
+def test_same_of_a_census_that_was_taken_before(sample: Sample) -> None:
+    """Then the leaf tables are read a second time, and what the census counted stays."""
+    census = take_census(sample.prog)
+    counts = census.tables.counts.copy()
+    results = run_checks(sample.prog, census=census)
+    assert results.results == run_checks(sample.prog).results
+    assert (census.tables.counts == counts).all()
 
 
 def test_every_invariant_is_described() -> None:

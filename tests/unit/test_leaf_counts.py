@@ -14,7 +14,13 @@ from synthetic_memory import MODES, Mode
 
 from ptinspect.kernel.paging import EntryClass
 from ptinspect.kernel.paging.model import EntryArray
-from ptinspect.tables.entries import CLASSES, LeafTableCounter
+from ptinspect.tables.entries import (
+    CLASSES,
+    Entries,
+    LeafTableCounter,
+    entries_of_lines,
+    filled_entries,
+)
 
 
 def one_by_one(mode: Mode, raw: EntryArray) -> list[list[int]]:
@@ -64,12 +70,13 @@ def test_counts_are_those_of_each_entry(mode: Mode, seed: int) -> None:
     readable = np.array([random.random() < 0.8 for _ in range(total)])
     counter = LeafTableCounter(mode.paging, total)
     first = 0
+    parts = []
     while first < total:
         end = random.randint(first + 1, total)
         some = None if readable[first:end].all() else readable[first:end]
         part = raw[first:end].copy()
         part[~readable[first:end]] = 0
-        counter.add(first, part, some)
+        parts.append(counter.add(first, part, some))
         first = end
     rows = np.array(random.sample(range(total + 3), total), np.intp)
     counts = np.zeros((total + 3, CLASSES), np.uint16)
@@ -78,6 +85,10 @@ def test_counts_are_those_of_each_entry(mode: Mode, seed: int) -> None:
     wanted[rows] = one_by_one(mode, raw)
     wanted[rows[~readable]] = 0
     assert counts.tolist() == wanted.tolist()
+    found, each = entries_of_lines(mode.paging, parts, 0), filled_entries(mode.paging, raw, 0)
+    for name in Entries._fields:
+        wanted_here = getattr(each, name)[readable[each.row]]
+        assert getattr(found, name).tolist() == wanted_here.tolist()
 
 
 @pytest.mark.parametrize("filled", [0, 1, "all"])

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from synthetic_memory import LITTLE, MODES, PAGE, Mode, SparseMemory, build_tree
 
 from ptinspect.kernel.paging import EntryClass, Permission, Root, x86_64
+from ptinspect.tables import walk
+from ptinspect.tables.entries import Entries
 from ptinspect.tables.lookup import Outcome, page_owners, table_owners, walk_address
 from ptinspect.tables.physical import PhysicalRanges
 from ptinspect.tables.ranges import map_space
 from ptinspect.tables.spaces import Space, SpaceKind
 from ptinspect.tables.usage import space_usage
-from ptinspect.tables.walk import RowState, Tables, walk_spaces
+from ptinspect.tables.walk import RowArray, RowState, Tables, read_leaf_tables, walk_spaces
 
 PAGING = x86_64.make_paging(five_levels=False)
 TOP = 3
@@ -243,6 +245,43 @@ def test_reads_do_not_depend_on_how_tables_are_batched(machine: Machine) -> None
         assert getattr(whole, name).tolist() == getattr(small, name).tolist()
     assert whole.counts.tolist() == small.counts.tolist()
     assert int((whole.state == RowState.UNREADABLE).sum()) == len(places[::17])
+
+
+def test_leaf_tables_can_be_read_later(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "_SHOWN_LINES", 7)
+    machine.chain(0x10000)
+    machine.chain(0x80000)
+    # Of two spaces, so that the rows of the second one's tables are shared.
+    machine.entry(0x82000, 5, 0x100000 | TABLE)
+    for index, place in enumerate((0x100, 0x103, 0x101, 0x177)):
+        machine.entry(0x12000, 8 * index, place * PAGE | TABLE)
+        for slot in range(0, 512, 1 + 60 * index):
+            machine.entry(place * PAGE, slot, (0x5000 + slot * PAGE) | LEAF)
+    del machine.memory.pages[0x101]
+    spaces = user(0x10000), kernel(0x80000)
+    shown: dict[tuple[int, int], int] = {}
+
+    def show(rows: RowArray, entries: Entries) -> None:
+        assert (entries.kind == EntryClass.LEAF).all()
+        for row, slot, value in zip(rows[entries.row], entries.slot, entries.value):
+            shown[int(row), int(slot)] = int(value)
+
+    whole = machine.walk(*spaces)
+    later = machine.walk(*spaces, leaf_counts=False)
+    unread = later.state.tolist(), later.counts.tolist()
+    assert RowState.NOT_READ in later.state
+    read_leaf_tables(machine.prog, later, visitor=show)
+    for name in ("state", "first", "counts"):
+        assert getattr(later, name).tolist() == getattr(whole, name).tolist()
+    read = np.flatnonzero((whole.level == 0) & (whole.state == RowState.READ))
+    assert len(shown) == whole.counts[read, EntryClass.LEAF].sum()
+    for (row, slot), value in shown.items():
+        here = int(whole.address[row]) + 8 * slot
+        assert value == int.from_bytes(machine.memory.read(here, 8), "little")
+    again = whole.unread()
+    seen = whole.state[again.state == RowState.NOT_READ]
+    assert (seen == RowState.READ).all()
+    assert again.counts.tolist() == unread[1]
 
 
 @pytest.mark.parametrize("mode", MODES[::3], ids=str)
