@@ -23,7 +23,7 @@ from ptinspect.errors import PtinspectError
 from ptinspect.kernel.descriptor import ptdesc_dtype
 from ptinspect.kernel.paging import EntryClass, Paging, paging_of
 from ptinspect.memory import BoolArray, read_blocks
-from ptinspect.state.gmap import read_gmaps
+from ptinspect.state.gmap import try_gmaps
 from ptinspect.state.pending import Way
 from ptinspect.state.stories import Holding, Stories
 from ptinspect.tables.lookup import TableOwner, table_owners
@@ -352,11 +352,7 @@ def _with_guests(prog: Program, spaces: SpaceList) -> SpaceList:
 
     What could not be read of them is told by their story, when the holders are asked.
     """
-    try:
-        guests = read_gmaps(prog, spaces.spaces).spaces
-    except (FaultError, LookupError, PtinspectError):
-        return spaces
-    return replace(spaces, spaces=(*spaces.spaces, *guests))
+    return replace(spaces, spaces=(*spaces.spaces, *try_gmaps(prog, spaces.spaces).spaces))
 
 
 def _ask_holders(census: Census) -> Iterator[str]:

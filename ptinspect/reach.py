@@ -57,10 +57,20 @@ def reach_of(prog: Program, census: Census, pfn: int, ptdesc: int, order: int) -
     for address in tables_within(tables, first, end):
         found = table_owners(tables, address)
         owners.extend(found)
-        held = read_contents(prog, census.paging, address, found[0].level) if found else None
+        if not found:
+            continue
+        space = tables.spaces[found[0].space]
+        held = read_contents(
+            prog,
+            census.paging,
+            address,
+            found[0].level,
+            kernel=space.kernel,
+            kvm_owned=space.kvm_owned,
+        )
         if held is not None:
             contents.append(held)
-        elif found:
+        else:
             missing.append(f"the table at {address:#x} cannot be read")
     index = census.index_of_pfn(pfn)
     holder = None if index is None else Holder(int(census.holder[index]))

@@ -90,6 +90,11 @@ class Context:
         return np.array([s.kind is SpaceKind.KERNEL for s in self.tables.spaces], np.bool_)
 
     @cached_property
+    def kvm_space(self) -> BoolArray:
+        """bool, by space: guest address spaces whose tables are KVM's own (s390, from 7.0)."""
+        return np.array([s.kvm_owned for s in self.tables.spaces], np.bool_)
+
+    @cached_property
     def there(self) -> BoolArray:
         """bool, by row: a table is there (not outside memory, not its own ancestor)."""
         state = self.tables.state

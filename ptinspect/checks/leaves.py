@@ -147,6 +147,9 @@ class LeafPass:
         if of_kernel.any():
             corrected = context.paging.kernel_kinds(kind, value, level)
             kind = np.where(of_kernel, corrected, kind)
+        of_kvm = context.kvm_space[context.tables.space[row]]
+        if of_kvm.any():
+            kind = np.where(of_kvm, context.paging.kvm_kinds(kind), kind)
         # An erratum of x86 sets bits in empty entries.
         batch = Batch(context, level, row, slot, value, kind)
         return batch.take(kind != EntryClass.NONE)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from ptinspect.cli.output import ProgressLine, emit, format_option, target_heading
@@ -11,6 +13,7 @@ from ptinspect.cli.target_options import chosen_target, target_options
 from ptinspect.faces.processes import ps_report
 from ptinspect.kernel.paging import paging_of
 from ptinspect.state.deposits import read_deposits
+from ptinspect.state.gmap import try_gmaps
 from ptinspect.state.pmd_tables import read_pmd_tables
 from ptinspect.tables.physical import physical_ranges
 from ptinspect.tables.resident import resident_pages
@@ -32,13 +35,16 @@ def command(no_slab: bool, output_format: str) -> int:
     """
     Who holds the page-table memory, how full it is, and what could be given back.
 
-    One row for each address space, most page-table memory first.
+    One row for each address space, most page-table memory first; on s390 the guests of KVM too,
+    whose tables no mm counts.
 
     Example: ptinspect --sample x86_64-7.3 ps
     """
     with open_target(chosen_target()) as target:
         prog = target.prog
         spaces = find_spaces(prog, slab=not no_slab)
+        guests = try_gmaps(prog, spaces.spaces)
+        spaces = replace(spaces, spaces=(*spaces.spaces, *guests.spaces))
         progress = ProgressLine("Walking all address spaces")
         try:
             tables = walk_spaces(
@@ -58,6 +64,7 @@ def command(no_slab: bool, output_format: str) -> int:
             space_usage(tables),
             deposits,
             resident,
+            guests.missing,
             target_heading(target),
             racing=target.racing,
         )

@@ -150,11 +150,14 @@ for owner in page_owners(prog, census.tables, start):
 
 def _ps(code: DrgnCodeBuilder, *, no_slab: bool, **_: Any) -> None:
     code.add_from_import("ptinspect", "find_spaces", "paging_of", "space_usage", "walk_spaces")
+    code.add_from_import("ptinspect.state.gmap", "read_gmaps")
     code.append(
         f"""\
 spaces = find_spaces(prog{", slab=False" if no_slab else ""})
-usage = space_usage(walk_spaces(prog, paging_of(prog), spaces.spaces))
-for number, space in enumerate(spaces.spaces):
+guests = read_gmaps(prog, spaces.spaces).spaces  # s390
+spaces = (*spaces.spaces, *guests)
+usage = space_usage(walk_spaces(prog, paging_of(prog), spaces))
+for number, space in enumerate(spaces):
     print(space.name, usage.table_bytes[number], usage.empty_bytes[number])
 """
     )

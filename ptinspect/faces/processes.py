@@ -22,6 +22,7 @@ def ps_report(
     usage: SpaceUsage,
     deposits: Deposits,
     resident: Sequence[int | None],
+    guests_missing: Sequence[str],
     target: str,
     *,
     racing: bool,
@@ -34,6 +35,11 @@ def ps_report(
         "pgtables KiB is what the kernel counts: walked KiB (tables below the root) and deposited "
         "KiB (spare tables of huge pages), each rounded down. empty KiB could be given back.",
     ]
+    if any(space.kind is SpaceKind.GMAP for space in spaces.spaces):
+        notes.append(
+            "Tables of guests (gmap) are in no pgtables_bytes. Up to 6.x a guest's page tables are "
+            "its process's: they stand in both rows."
+        )
     if racing:
         notes.append(RACING_NOTE)
     return Report(
@@ -65,6 +71,7 @@ def ps_report(
         notes=notes,
         missing=[
             *(f"{note.source}: {note.message}" for note in spaces.notes),
+            *guests_missing,
             *deposits.missing,
             *(f"not all tables of {name} could be read" for name in unread),
         ],

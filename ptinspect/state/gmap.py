@@ -19,7 +19,7 @@ import numpy as np
 from drgn import Architecture, FaultError, Object, Program, Type, offsetof
 from drgn.helpers.linux.mm import page_to_pfn
 
-from ptinspect.errors import UsageError
+from ptinspect.errors import PtinspectError, UsageError
 from ptinspect.kernel.descriptor import byte_order, page_ptdesc, ptdesc_has_member, ptdesc_member
 from ptinspect.kernel.paging import paging_of
 from ptinspect.kernel.paging.model import object_or_none
@@ -253,7 +253,12 @@ def read_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
         type_ = type_or_none(prog, "struct gmap")
     if type_ is None:
         if kvm_module_lacks_types(prog):
-            what = "the module kvm is loaded, but its types are not: give its file with -s kvm.ko"
+            release = prog["UTS_RELEASE"].string_().decode(errors="replace")
+            what = (
+                "kvm.ko is loaded in the target, but its debug information, which has struct gmap, "
+                f"was not found: install that of {release} (on Debian linux-image-{release}-dbg), "
+                "or give its file with -s kvm.ko beside that of vmlinux"
+            )
             return Gmaps((), None, missing=(what,))
         return Gmaps((), "KVM is neither in the kernel nor loaded")
     hosts = {
@@ -264,6 +269,14 @@ def read_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
     if type_.has_member("crst_list"):
         return _MmReader(prog, paging, type_, hosts).read()
     return _KvmReader(prog, paging, type_, hosts).read()
+
+
+def try_gmaps(prog: Program, spaces: Sequence[Space]) -> Gmaps:
+    """Read every guest address space; if that fails, say so in *missing*."""
+    try:
+        return read_gmaps(prog, spaces)
+    except (FaultError, LookupError, PtinspectError) as error:
+        return Gmaps((), None, missing=(f"guest address spaces could not be read: {error}",))
 
 
 class _Reader:

@@ -33,11 +33,21 @@ class Contents:
         return {kind: number[kind] for kind in EntryClass if number[kind]}
 
 
-def read_contents(prog: Program, paging: Paging, address: int, level: int) -> Contents | None:
+def read_contents(
+    prog: Program,
+    paging: Paging,
+    address: int,
+    level: int,
+    *,
+    kernel: bool = False,
+    kvm_owned: bool = False,
+) -> Contents | None:
     """
     Read one table.
 
     :param address: Physical address.
+    :param kernel: Whether it is the kernel's (:meth:`Paging.kernel_kinds`).
+    :param kvm_owned: Whether it is KVM's own (:meth:`Paging.kvm_kinds`).
     :return: ``None`` if its memory cannot be read.
     """
     size = paging.levels[level].table_bytes
@@ -45,4 +55,9 @@ def read_contents(prog: Program, paging: Paging, address: int, level: int) -> Co
     if not blocks.readable[0]:
         return None
     values = paging.values(raw_entries(blocks.data)[0])
-    return Contents(address, level, values, paging.classify(values, level))
+    kinds = paging.classify(values, level)
+    if kernel:
+        kinds = paging.kernel_kinds(kinds, values, level)
+    if kvm_owned:
+        kinds = paging.kvm_kinds(kinds)
+    return Contents(address, level, values, kinds)

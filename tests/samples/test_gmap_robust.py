@@ -91,6 +91,7 @@ def test_a_module_without_types_is_asked_for(
     assert (found.gmaps, found.absent) == ((), None)
     (what,) = found.missing
     assert "give its file with -s kvm.ko" in what
+    assert f"linux-image-{sample.prog['UTS_RELEASE'].string_().decode()}-dbg" in what
 
 
 def test_what_vanishes_is_not_told() -> None:

@@ -142,7 +142,7 @@ def test_code_of_owner(sample: Sample) -> None:
 def test_code_of_ps(sample: Sample) -> None:
     names, _ = run_code(sample, "ptps")
     seen = tables_of(in_shell(sample, "ptps --format json"))["spaces"]
-    sizes = dict(zip((s.name for s in names["spaces"].spaces), names["usage"].table_bytes.tolist()))
+    sizes = dict(zip((s.name for s in names["spaces"]), names["usage"].table_bytes.tolist()))
     assert {row["space"]: row["table_KiB"] for row in seen} == {
         name: size // 1024 for name, size in sizes.items()
     }
