@@ -11,6 +11,7 @@ kept in the cache, so that a run can be interrupted and taken up again.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ KINDS = {
     "kdump": "QEMU's kdump-zlib dump",
     "live": "/proc/kcore, as root in the guest",
     "crash": "crashed, saved by kdump -d 31",
+    "tests": "the suite's questions to resting guests, of such a guest paused over QMP",
 }
 
 
@@ -51,8 +53,11 @@ class Row:
     flavour: str | None = None
     recipe: str = ""
     append: str = ""
-    kinds: tuple[str, ...] = ("qmp", "elf", "kdump")
+    kinds: tuple[str, ...] = ("qmp", "elf", "kdump", "tests")
     memory: int = 1024
+
+    def __str__(self) -> str:
+        return f"{self.arch} {self.name}"
 
     def kernel(self) -> Kernel:
         """Get the kernel."""
@@ -67,32 +72,32 @@ _DUMPS = ("qmp", "elf", "kdump")
 _WORKLOAD = "lab_hugepages=4"
 
 ROWS = (
-    Row("Debian 6.1", "x86_64", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.1", "x86_64", "bookworm", "6.1", kinds=(*_DUMPS, "live", "tests")),
     Row("Debian 6.12", "x86_64", "trixie", "6.12", kinds=tuple(KINDS)),
     Row("Debian 6.12, pti=on", "x86_64", "trixie", "6.12", append="pti=on"),
     Row("Debian 6.12, no5lvl", "x86_64", "trixie", "6.12", append="no5lvl"),
     Row("Debian 6.12 rt", "x86_64", "trixie", "6.12", "rt-amd64"),
-    Row("Debian 7.2", "x86_64", "forky", "7.2", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.2", "x86_64", "forky", "7.2", kinds=(*_DUMPS, "live", "tests")),
     Row("Debian 7.3", "x86_64", "trixie-backports", "7.3"),
     Row("Debian 7.3 rt", "x86_64", "trixie-backports", "7.3", "rt-amd64"),
     Row("small 7.3", "x86_64", recipe="x86_64-7.3", memory=256),
     Row("small 7.3, pti=on", "x86_64", recipe="x86_64-7.3", memory=256, append="pti=on"),
     Row("small 7.3, no5lvl", "x86_64", recipe="x86_64-7.3", memory=256, append="no5lvl"),
     Row("small 7.3, lockdep", "x86_64", recipe="x86_64-7.3-lockdep", memory=256),
-    Row("Debian 6.1", "s390x", "bookworm", "6.1", kinds=(*_DUMPS, "live")),
-    Row("Debian 6.12", "s390x", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.1", "s390x", "bookworm", "6.1", kinds=(*_DUMPS, "live", "tests")),
+    Row("Debian 6.12", "s390x", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live", "tests")),
     Row("Debian 7.2", "s390x", "forky", "7.2"),
     Row("small 7.3", "s390x", recipe="s390x-7.3"),
     Row("Debian 6.1", "aarch64", "bookworm", "6.1"),
     Row("Debian 6.12", "aarch64", "trixie", "6.12"),
-    Row("Debian 7.2", "aarch64", "forky", "7.2", kinds=(*_DUMPS, "live")),
+    Row("Debian 7.2", "aarch64", "forky", "7.2", kinds=(*_DUMPS, "live", "tests")),
     Row("Debian 7.2, 16K pages", "aarch64", "forky", "7.2", "arm64-16k"),
     Row("Debian 7.3", "aarch64", "trixie-backports", "7.3"),
     Row("Debian 7.3, 16K pages", "aarch64", "trixie-backports", "7.3", "arm64-16k"),
     Row("small 7.3, 52 bits, 16K pages", "aarch64", recipe="aarch64-7.3-16k"),
     Row("small 7.3, 52 bits, 64K pages", "aarch64", recipe="aarch64-7.3-64k"),
     Row("Debian 6.1, 64K pages", "ppc64le", "bookworm", "6.1"),
-    Row("Debian 6.12", "ppc64le", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live")),
+    Row("Debian 6.12", "ppc64le", "bookworm-backports", "6.12", kinds=(*_DUMPS, "live", "tests")),
     Row("Debian 6.12, 64K pages", "ppc64le", "bookworm-backports", "6.12", "powerpc64le-64k"),
     Row("Debian 7.2", "ppc64le", "forky", "7.2"),
     Row("Debian 7.2, 64K pages", "ppc64le", "forky", "7.2", "powerpc64le-64k"),
@@ -115,7 +120,7 @@ def known(row: Row) -> dict[str, str]:
 
 
 def _remember(row: Row, kind: str, result: str) -> None:
-    say(f"{row.arch} {row.name} {kind}: {result}")
+    say(f"{row} {kind}: {result}")
     _store(row).write_text(json.dumps({**known(row), kind: result}, indent=1))
 
 
@@ -128,8 +133,7 @@ def run_matrix(wanted: Sequence[str] = (), kinds: Sequence[str] = (), again: boo
     :param again: also what was tried before
     """
     for row in ROWS:
-        words = f"{row.arch} {row.name}"
-        if not all(word in words for word in wanted):
+        if not all(word in str(row) for word in wanted):
             continue
         left = [
             kind
@@ -145,7 +149,7 @@ def _run_row(row: Row, kinds: Sequence[str]) -> None:
     try:
         kernel = row.kernel()
     except LabError as error:
-        say(f"{row.arch} {row.name}: not run: {error}")
+        say(f"{row}: not run: {error}")
         return
     resting = [kind for kind in kinds if kind in _DUMPS]
     if resting:
@@ -156,7 +160,7 @@ def _run_row(row: Row, kinds: Sequence[str]) -> None:
             for kind in resting:
                 if kind not in known(row):
                     _remember(row, kind, f"the guest: {_first_line(error)}")
-    for kind, attempt in (("live", _run_live), ("crash", _run_crash)):
+    for kind, attempt in (("live", _run_live), ("crash", _run_crash), ("tests", _run_tests)):
         if kind in kinds:
             try:
                 _remember(row, kind, attempt(row, kernel))
@@ -179,10 +183,10 @@ def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tup
             return Guest(kernel.arch, kernel.image, initrd, **options)  # type: ignore[arg-type]
 
         with booted(make, "@@ready", timeout=900) as guest:
-            yield from _judge_guest(kernel, guest, kinds, folder)
+            yield from judge_guest(kernel, guest, kinds, folder)
 
 
-def _judge_guest(
+def judge_guest(
     kernel: Kernel, guest: Guest, kinds: Sequence[str], folder: Path
 ) -> Iterator[tuple[str, str]]:
     """Look at a resting guest as each of some kinds of target; dumps go into a folder."""
@@ -213,6 +217,32 @@ def _run_crash(row: Row, kernel: Kernel) -> str:
         told = {int(p): int(s["VmPTE"]) for p, s in truth["kernel"]["status"].items()}
         core = Path(folder) / "vmcore"
         return _judge(["-c", str(core), "-s", str(kernel.vmlinux)], told, {})
+
+
+#: Of tests/guests, what is asked of guests at rest, whatever their kernel.
+_TESTS = (
+    "test_guest_checks",
+    "test_guest_locks",
+    "test_guest_stories",
+    "test_guest_walk",
+    "test_qmp",
+)
+
+
+def _run_tests(row: Row, _: Kernel) -> str:
+    folder = REPOSITORY / "tests" / "guests"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rf", *(str(folder / f"{n}.py") for n in _TESTS)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PTINSPECT_ROW": str(row)},
+        capture_output=True,
+        text=True,
+    )
+    lines = done.stdout.splitlines() or [""]
+    failed = [line.split("::")[1] for line in lines if line.startswith("FAILED")]
+    if failed:
+        return f"tests: {failed[0].split('[')[0]}"
+    return "pass" if done.returncode == 0 and " passed" in lines[-1] else f"tests: {lines[-1]}"
 
 
 def _run_live(row: Row, kernel: Kernel) -> str:
@@ -303,6 +333,7 @@ def write_document() -> None:
         "",
         "The suite itself looks at /proc/kcore in x86_64 and s390x guests with Debian 6.12",
         "(tests/guests/test_live.py), and at a crash of x86_64 (tests/guests/test_vmcore.py).",
+        "Of six kernels (tests/guests/conftest.py) it asks *tests*, and looks at a dump of each.",
         "",
         "| architecture | kernel | " + " | ".join(KINDS) + " |",
         "|---|---|" + "---|" * len(KINDS),

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from opened import Sample
 from resting import Running, Stock, resting_guest
 
+from lab.matrix import ROWS
 from ptinspect.tables.scan import scan_memmap
 from ptinspect.target import open_target
 
@@ -23,7 +25,12 @@ STOCK_KERNELS = (
 )
 
 
-@pytest.fixture(scope="session", params=STOCK_KERNELS, ids=str)
+#: A row of docs/matrix.md, by its name: `scripts/lab matrix --kind tests` asks its kernel instead.
+ROW = os.environ.get("PTINSPECT_ROW")
+KERNELS = [row for row in ROWS if str(row) == ROW] if ROW else STOCK_KERNELS
+
+
+@pytest.fixture(scope="session", params=KERNELS, ids=str)
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
     """A running guest, of each kernel in turn."""
     with resting_guest(request.param) as guest:

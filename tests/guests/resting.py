@@ -16,6 +16,7 @@ from lab.errors import MissingToolError
 from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel, debian_kernel
+from lab.matrix import Row
 from lab.truth import parse_report
 from ptinspect.target import TargetOptions
 
@@ -52,6 +53,10 @@ class Stock(NamedTuple):
     append: str = ""
     #: What Debian appends to the release, where it is not the plain kernel.
     flavour: str | None = None
+
+    def kernel(self) -> Kernel:
+        """Get the kernel."""
+        return debian_kernel(self.suite, self.architecture, self.series, self.flavour)
 
     def __str__(self) -> str:
         kernel = self.flavour or self.architecture
@@ -102,8 +107,8 @@ def busy_guest(
 
 
 @contextmanager
-def resting_guest(stock: Stock) -> Iterator[Running]:
-    """Boot a stock kernel with the workload and wait until it rests."""
+def resting_guest(stock: Stock | Row) -> Iterator[Running]:
+    """Boot a kernel with the workload and wait until it rests."""
     kernel, initrd = _prepared(stock)
 
     def make() -> Guest:
@@ -119,10 +124,10 @@ def resting_guest(stock: Stock) -> Iterator[Running]:
         yield Running(guest, kernel, *parse_report(guest.console()))
 
 
-def _prepared(stock: Stock) -> tuple[Kernel, Path]:
+def _prepared(stock: Stock | Row) -> tuple[Kernel, Path]:
     """Get a kernel and the workload for it, or skip the test with the reason."""
     try:
-        kernel = debian_kernel(stock.suite, stock.architecture, stock.series, stock.flavour)
+        kernel = stock.kernel()
         return kernel, workload_initramfs(kernel.arch, kernel.modules)
     except (MissingToolError, ArchiveUnreachableError) as error:
         pytest.skip(str(error))

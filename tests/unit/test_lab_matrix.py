@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ def test_document(tried: list[tuple[str, str]]) -> None:
     lines = [line for line in matrix.DOCUMENT.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells == [
-        ["architecture", "kernel", "qmp", "elf", "kdump", "live", "crash"],
-        ["x86_64", "one", "not run", "not run", "-", "-", "not run"],
-        ["s390x", "two", "pass", "-", "-", "the guest: no disks", "-"],
-        ["s390x", "gone", "not run", "-", "-", "-", "-"],
+        ["architecture", "kernel", "qmp", "elf", "kdump", "live", "crash", "tests"],
+        ["x86_64", "one", "not run", "not run", "-", "-", "not run", "-"],
+        ["s390x", "two", "pass", "-", "-", "the guest: no disks", "-", "-"],
+        ["s390x", "gone", "not run", "-", "-", "-", "-", "-"],
     ]
 
 
@@ -113,3 +114,29 @@ def test_verdicts(changed: dict[str, Any], verdict: str, monkeypatch: pytest.Mon
 def test_a_command_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "_ask", lambda arguments: (3, None, "no such file"))
     assert matrix._judge([], {}, {}) == "summary: no such file"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "verdict"),
+    [
+        (0, "12 passed, 3 skipped in 60.00s", "pass"),
+        (0, "15 skipped in 1.00s", "tests: 15 skipped in 1.00s"),
+        (2, "1 error in 1.00s", "tests: 1 error in 1.00s"),
+        (
+            1,
+            "FAILED tests/guests/test_guest_walk.py::test_pagemap_counts[arm two] - assert 1 == 2\n"
+            "1 failed, 3 passed in 60.00s",
+            "tests: test_pagemap_counts",
+        ),
+    ],
+)
+def test_what_the_tests_of_a_guest_said(
+    status: int, said: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert options["env"]["PTINSPECT_ROW"] == "s390x two"
+        return subprocess.CompletedProcess(command, status, f"...\n{said}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    kernel: Any = None
+    assert matrix._run_tests(ROWS[1], kernel) == verdict
