@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ SCHEMA = ROOT / "ptinspect" / "faces" / "schema.json"
 #: Of these the caller chooses the columns.
 CHOSEN_COLUMNS = {("list", "descriptors")}
 
+#: Commands that tell what the record of a trace says, in a table of their own.
+TRACED = ("list", "show")
+
 #: A cell, by the kind of its column; null is "no such value here".
 CELLS: dict[str, dict[str, Any]] = {
     "hex": {"type": ["string", "null"], "pattern": "^-?0x[0-9a-f]+$"},
@@ -29,11 +33,99 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
+def _line(kind: str, members: dict[str, Any]) -> dict[str, Any]:
+    """Describe a line of ``trace --format jsonl``; it has all of the members and no others."""
+    properties = {"kind": {"const": kind}, **members}
+    return {
+        "type": "object",
+        "required": list(properties),
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _object(members: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(members), "properties": members}
+
+
+def trace_line() -> dict[str, Any]:
+    """
+    Describe a line of ``trace --format jsonl``.
+
+    Lines are no reports: they are written while the trace runs.
+    """
+    from ptinspect.trace.hooks import LEVELS, WAYS
+
+    number, integer = {"$ref": "#/$defs/count"}, {"type": "integer"}
+    text, address = {"type": "string"}, {"$ref": "#/$defs/hex"}
+    level, way = {"enum": list(LEVELS)}, {"enum": [*WAYS, None]}
+    table = {"nsecs": integer, "page": address, "level": level, "pid": integer, "comm": text}
+    by_level = _object(dict.fromkeys(LEVELS, integer))
+    age = {"page": address, "level": level, "age_ns": integer, "pid": integer, "comm": text}
+
+    def keyed(names: tuple[str, ...], members: dict[str, Any]) -> dict[str, Any]:
+        each = _object(members)
+        return {
+            "type": "object",
+            "properties": dict.fromkeys(names, each),
+            "additionalProperties": False,
+        }
+
+    reading = {
+        **dict.fromkeys(("nsecs", "pages_made", "pages_gone", "net_pages"), integer),
+        "waiting": number,
+        "levels": keyed(LEVELS, {"made": integer, "gone": integer}),
+        "ways": keyed(WAYS, {"freed": integer, "wait_p50_us": number, "wait_p99_us": number}),
+        "processes": {
+            "type": "array",
+            "items": _object(
+                {
+                    "pid": integer,
+                    "comm": text,
+                    "made": by_level,
+                    "live": {"anyOf": [{"type": "null"}, by_level]},
+                    "freed": _object(dict.fromkeys(WAYS[1:], integer)),
+                }
+            ),
+        },
+    }
+    begin = {
+        "nsecs": integer,
+        "release": text,
+        "boot_id": {"type": ["string", "null"]},
+        "events": {"type": "boolean"},
+        "filtered": {"type": "boolean"},
+        "young_ns": integer,
+    }
+    stack = {"type": "array", "items": text}
+    left = {
+        "nsecs": integer,
+        "pending": {"type": "array", "items": _object({**age, "way": way})},
+        "live": {
+            "type": "array",
+            "items": _object({**age, "mm": address, "mm_ended_ns": number, "stack": stack}),
+        },
+    }
+    return {
+        "oneOf": [
+            _line("begin", begin),
+            _line("reading", reading),
+            _line("made", {**table, "mm": address}),
+            _line("unlinked", {**table, "way": way}),
+            _line("freed", {**table, "way": way, "waited_ns": number}),
+            _line("ended", {"nsecs": integer, "mm": address}),
+            _line("tables", left),
+            {"required": ["kind"], "properties": {"kind": {"const": "summary"}}, "$ref": "#"},
+        ]
+    }
+
+
 def schema_of(commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Put the tables of all commands into the frame that they share."""
     words = {"type": "array", "items": {"type": "string"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:ptinspect:answer",
         "title": "What a command of ptinspect answers with --format json",
         "type": "object",
         "required": [
@@ -41,6 +133,8 @@ def schema_of(commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
             *("missing", "notes", "findings", "tables"),
         ],
         "properties": {
+            # Of the last line of trace --format jsonl only.
+            "kind": {"const": "summary"},
             "schema": {"const": "ptinspect"},
             "version": {"const": 1},
             "command": {"type": "string"},
@@ -73,9 +167,24 @@ def schema_of(commands: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 "type": "object",
                 "additionalProperties": {"type": ["string", "integer", "boolean", "null"]},
             },
+            "trace_line": trace_line(),
             **commands,
         },
     }
+
+
+def trace_tables() -> dict[str, Any]:
+    """Describe the tables of trace, from what a program that plays bpftrace said."""
+    from test_trace_reader import MAPS, read, result
+
+    from ptinspect.faces.trace import trace_report
+    from ptinspect.trace.totals import StackTotal, read_totals
+
+    stacks = (StackTotal(True, "PTE", 1, ("pte_alloc_one",), "fault"),)
+    totals = replace(read_totals(read(MAPS)), stacks=stacks)
+    traced = replace(result(), totals=totals)
+    report = trace_report(traced, "x", top=20, leak_age_ns=0, explained=())
+    return tables_of("trace", [report])
 
 
 def tables_of(command: str, reports: list[Any]) -> dict[str, Any]:
@@ -125,7 +234,7 @@ def guest_questions(prog: Any) -> list[list[str]]:
 
 def main() -> None:
     """Ask, and write the file."""
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent), str(ROOT / "tests" / "unit")]
     from commands import answerable, answering_commands
     from opened import Sample
 
@@ -157,6 +266,9 @@ def main() -> None:
         name: tables_of(name, [each for sample in sample_names() for each in answers(name, sample)])
         for name in answering_commands()
     }
+    commands["trace"] = trace_tables()
+    for name in TRACED:
+        commands[name]["properties"]["explained"] = {"$ref": "#/$defs/trace/properties/explained"}
     SCHEMA.write_text(json.dumps(schema_of(commands), indent=1) + "\n")
 
 
