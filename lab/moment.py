@@ -4,7 +4,7 @@
 A moment of a guest under load: stopped again and again until page tables are being freed.
 
 What is said of the moment is read from the dump with plain drgn: the callbacks that wait for RCU,
-and what each CPU is doing.
+the kernel's tables that wait for their work, and what each CPU is doing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import drgn
 from drgn.helpers.linux.cpumask import for_each_online_cpu, for_each_possible_cpu
+from drgn.helpers.linux.list import list_for_each_entry
+from drgn.helpers.linux.mm import page_to_pfn
 from drgn.helpers.linux.percpu import per_cpu
 from drgn.helpers.linux.sched import cpu_curr
 
@@ -62,6 +64,22 @@ def callbacks(program: drgn.Program) -> list[dict[str, Any]]:
     return rcu
 
 
+def kernel_tables(program: drgn.Program) -> list[dict[str, Any]] | None:
+    """Tell which of the kernel's tables wait to be freed; ``None`` if it frees them at once."""
+    try:
+        head = program["kernel_pgtable_work"].list.address_of_()
+    except KeyError:
+        return None
+    return [
+        {
+            "pfn": f"{page_to_pfn(drgn.cast('struct page *', table)).value_():#x}",
+            "page_type": f"{table.member_('__page_type').value_():#x}",
+            "refcount": table.member_("__page_refcount").counter.value_(),
+        }
+        for table in list_for_each_entry("struct ptdesc", head, "pt_list")
+    ]
+
+
 def running(dump: Path, vmlinux: Path) -> list[dict[str, Any]]:
     """
     Tell what each CPU was doing: its task and the functions on its stack.
@@ -79,12 +97,18 @@ def running(dump: Path, vmlinux: Path) -> list[dict[str, Any]]:
     return cpus
 
 
-def wait_for_moment(guest: Guest, vmlinux: Path, into: Path) -> dict[str, Any]:
+#: What a guest can be waited for.
+GATHERING, KERNEL_TABLES = "gathering", "kernel tables"
+
+
+def wait_for_moment(guest: Guest, vmlinux: Path, into: Path, wanted: str) -> dict[str, Any]:
     """
-    Stop a guest when a CPU gathers tables while others wait for RCU, and dump it.
+    Stop a guest again and again until it is at a wanted moment, and dump it.
 
     The guest stays stopped.
 
+    :param wanted: :data:`GATHERING`: a CPU gathers tables while others wait for RCU;
+        :data:`KERNEL_TABLES`: several of the kernel's tables wait to be freed
     :return: what the dump shows
     :raises LabError: if no stop of many met it
     """
@@ -94,12 +118,15 @@ def wait_for_moment(guest: Guest, vmlinux: Path, into: Path) -> dict[str, Any]:
         guest.dump(into)
         program = open_dump(into, vmlinux)
         rcu, cpus = callbacks(program), running(into, vmlinux)
+        kernel = kernel_tables(program)
         waiting = sum(each["functions"].get(_BATCH_FUNCTION, 0) for each in rcu)
         gathering = any(set(each["frames"]) & set(_GATHERING) for each in cpus)
         counted = nr_page_table_pages(program)
         typed = count_typed(program, read_pages(program))
-        if waiting and gathering and typed["pages"] == counted["exact"]:
-            say(f"stop {stops}: {waiting} batches wait, and tables are being gathered")
-            return {"rcu": rcu, "cpus": cpus, "typed": typed, "nr_page_table_pages": counted}
+        here = (waiting and gathering) if wanted == GATHERING else len(kernel or ()) > 2
+        if here and typed["pages"] == counted["exact"]:
+            say(f"stop {stops}: {waiting} batches wait, {len(kernel or ())} kernel tables")
+            moment = {"rcu": rcu, "cpus": cpus, "typed": typed, "nr_page_table_pages": counted}
+            return moment if kernel is None else {**moment, "kernel_tables": kernel}
         guest.cont()
-    raise LabError(f"in {_MOST_STOPS} stops no tables were gathered while others waited")
+    raise LabError(f"in {_MOST_STOPS} stops the guest was not {wanted}")

@@ -25,7 +25,7 @@ from lab.errors import LabError
 from lab.guest import Guest
 from lab.initramfs import workload_initramfs
 from lab.kernels import RECIPES, Kernel, build_kernel, fragment_text
-from lab.moment import wait_for_moment
+from lab.moment import GATHERING, KERNEL_TABLES, wait_for_moment
 from lab.run import REPOSITORY, cache, made_whole, run, say, tool
 from lab.shrink import Shrunk, shrink, verify
 from lab.truth import parse_report
@@ -50,8 +50,9 @@ class Sample:
     smp: str = "2"
     kernel: str = ""  #: the small kernel, if it is not called as the sample is
     memory: int = 128  #: MiB
-    #: Dumped at a moment while the workload keeps running (lab/moment.py), not at rest.
-    moving: bool = False
+    #: What it does when it is dumped, while its workload keeps running (lab/moment.py); empty: it
+    #: rests.
+    moment: str = ""
 
 
 #: x86 without ACPI: where fw_cfg is has to be said, and the MP table wants two sockets.
@@ -64,8 +65,10 @@ SAMPLES: dict[str, Sample] = {
         f"{_X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=1200",
         _X86_SMP,
         kernel="x86_64-7.3",
-        moving=True,
+        moment=GATHERING,
     ),
+    # Tables of the kernel that are freed later.
+    "x86_64-7.3-async": Sample(f"{_X86_APPEND} lab_load=3", _X86_SMP, moment=KERNEL_TABLES),
     "x86_64-7.3-owner": Sample(f"{_X86_APPEND} page_owner=on", _X86_SMP),
     "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
     # Locks that are too large for a descriptor.
@@ -203,9 +206,9 @@ def run_guest(name: str, kernel: Kernel, folder: Path) -> tuple[dict[str, Any], 
         console_log=folder / "console.txt",
     ) as guest:
         guest.wait_for("@@ready", timeout=300)
-        if sample.moving:
+        if sample.moment:
             truth, _ = parse_report(guest.console())
-            moment = wait_for_moment(guest, kernel.vmlinux, folder / "full.elf")
+            moment = wait_for_moment(guest, kernel.vmlinux, folder / "full.elf", sample.moment)
             kept = {name: truth[name] for name in _TRUE_AT_ANY_MOMENT}
             return {**kept, "moment": moment}, {}
         guest.stop()
@@ -344,6 +347,9 @@ def _readme_truth(truth: dict[str, Any]) -> list[str]:
         more = [
             f"- tables in batches that wait for RCU: {sum(each['tables'] for each in rcu)}",
         ]
+        if "kernel_tables" in truth["moment"]:
+            waiting = len(truth["moment"]["kernel_tables"])
+            more.append(f"- tables on kernel_pgtable_work.list: {waiting}")
     else:
         said = truth["nr_page_table_pages"]
         files = [

@@ -11,6 +11,7 @@
  *	lab_hugepages=N	huge pages for hugetlb (4)
  *	lab_load=1	after the report, keep forking, mapping and exiting for ever
  *	lab_load=2	the same with everything that changes page tables (load.h)
+ *	lab_load=3	after the report, keep freeing tables of the kernel's own
  *	lab_seed=N	where the random choices of lab_load=2 begin
  *	lab_contend=N	after the report, N threads want the lock of one table for ever
  *	lab_scatter=1	the sparse tables lie apart from each other, in another order than their addresses
@@ -376,7 +377,9 @@ int main(int argc, char **argv)
 			break;
 	}
 	printf("@@ready\n");
-	if (option("lab_load", 0) > 1)
+	if (option("lab_load", 0) == 3)
+		keep_freeing();
+	if (option("lab_load", 0) == 2)
 		keep_loading_all();
 	if (option("lab_load", 0))
 		keep_loading();

@@ -313,28 +313,75 @@ static void *rest(void *unused)
  * The kernel's own tables: many stacks (small pages of the vmalloc area), and tables of open files
  * that are so large that they get huge pages there, in place of the tables that the stacks had.
  */
-static void load_kernel(void)
+static void many_stacks(int count)
 {
-	struct rlimit most = { 1 << 20, 1 << 20 };
-	pthread_t threads[60];
+	pthread_t threads[800];
 	pthread_attr_t attr;
-	int i, made = 0, pid;
+	int i, made = 0;
 
 	pthread_attr_init(&attr);
 	pthread_attr_setstacksize(&attr, KIB(256));
-	for (i = 0; i < 60; i++)
+	for (i = 0; i < count; i++)
 		made += !pthread_create(&threads[made], &attr, rest, NULL);
 	for (i = 0; i < made; i++)
 		pthread_join(threads[i], NULL);
-	if (setrlimit(RLIMIT_NOFILE, &most))
-		_exit(1);
-	for (i = 0; i < 4; i++) {
+}
+
+static void large_tables(int count)
+{
+	int i, pid;
+
+	for (i = 0; i < count; i++) {
 		pid = fork();
 		if (!pid) {
-			dup2(1, (1 << 20) - 1 - i);
+			dup2(1, (1 << 20) - 1);
 			_exit(0);
 		}
 		waitpid(pid, NULL, 0);
+	}
+}
+
+static bool many_files(void)
+{
+	struct rlimit most = { 1 << 20, 1 << 20 };
+
+	return !setrlimit(RLIMIT_NOFILE, &most);
+}
+
+static void load_kernel(void)
+{
+	if (many_files()) {
+		many_stacks(200);
+		large_tables(4);
+	}
+}
+
+/*
+ * lab_load=3: frees tables of the kernel and then keeps their CPU from everything else for a while,
+ * so that who would free them later has to wait.
+ */
+static void keep_freeing(void)
+{
+	struct sched_param first = { 1 }, plain = { 0 };
+	struct timespec now;
+	long long end;
+
+	many_files();
+	on_cpu(1);
+	printf("@@begun\n");
+	for (;;) {
+		many_stacks(800);
+		/* So much that addresses are given back (lazy_max_pages() in mm/vmalloc.c). */
+		large_tables(10);
+		write_file("/proc/sys/vm/drop_caches", "2");
+		sched_setscheduler(0, SCHED_FIFO, &first);
+		large_tables(3);
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		end = now.tv_sec * 1000LL + now.tv_nsec / 1000000 + 300;
+		while (now.tv_sec * 1000LL + now.tv_nsec / 1000000 < end)
+			clock_gettime(CLOCK_MONOTONIC, &now);
+		sched_setscheduler(0, SCHED_OTHER, &plain);
+		sleep_ms(50);
 	}
 }
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from ptinspect.checks.context import Context
-from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally
+from ptinspect.checks.model import Finding, NotApplicableError, Severity, Tally, Value
 from ptinspect.checks.registry import invariant
 from ptinspect.lists import BreakReason, walk_list_at
 from ptinspect.memory import among
 from ptinspect.state.lists import FREE_LIST, Role
+from ptinspect.state.rcu import Segment
 from ptinspect.tables.walk import RowState
 
 
@@ -143,18 +144,30 @@ def pending_not_linked(context: Context, tally: Tally) -> Iterator[Finding]:
     there = context.tables.state <= RowState.UNREADABLE
     reached = among(story.addresses, context.tables.address[there])
     linked = np.isin(story.addresses, np.array(sorted(reached), np.uint64))
-    _, first = np.unique(story.addresses, return_index=True)
+    # The tables of a batch that is being freed may be somebody's again, those before all are done.
+    done = np.array([free.segment is Segment.INVOKED for free in story.frees] or [False], np.bool_)
+    unsure = done[story.free]
+    order = np.argsort(unsure, kind="stable")
+    _, first = np.unique(story.addresses[order], return_index=True)
     twice = np.ones(len(story.addresses), np.bool_)
-    twice[first] = False
-    for place in np.flatnonzero(linked | twice).tolist():
+    twice[order[first]] = False
+    for _ in range(np.count_nonzero((linked | twice) & unsure)):
+        tally.leave("a CPU frees its batch just now: it may be in use again")
+    for place in np.flatnonzero((linked | twice) & ~unsure).tolist():
         free = story.frees[int(story.free[place])]
         address = int(story.addresses[place])
         what = "linked in a tree" if linked[place] else "queued twice"
+        evidence: list[tuple[str, Value]] = [("way", free.way.value), ("function", free.function)]
+        evidence.append(("queued_at", free.address))
+        if twice[place]:
+            same = np.flatnonzero((story.addresses == story.addresses[place]) & ~twice)
+            other = story.frees[int(story.free[same[0]])]
+            evidence += [("other_way", other.way.value), ("other_queued_at", other.address)]
         yield Finding(
             "table",
             address,
             f"a table that waits to be freed is {what}",
-            (("way", free.way.value), ("function", free.function), ("queued_at", free.address)),
+            tuple(evidence),
             free.task,
             f"show phys:{address:#x}",
         )

@@ -131,6 +131,12 @@ class Halves:
         return unlinked
 
     @property
+    def unreached(self) -> BoolArray:
+        """bool, of those :attr:`on_the_way`: no half of the page is in a tree or deposited."""
+        unreached: BoolArray = self.on_the_way & ((self.linked | self.deposited) == 0)
+        return unreached
+
+    @property
     def contradicts(self) -> BoolArray:
         """bool, the bits, the trees and the lists cannot all be right."""
         wrong: BoolArray = (self.problem != 0) & ~self.on_the_way
@@ -182,12 +188,15 @@ def read_halves(
     scan: MemmapScan,
     *,
     deposited: AddressArray = _NO_ADDRESSES,
+    pending: AddressArray = _NO_ADDRESSES,
     missing: tuple[str, ...] = (),
 ) -> Halves | None:
     """
     Compare the bits of every page with the trees and the lists.
 
     :param deposited: uint64, physical addresses of spare tables of huge pages.
+    :param pending: uint64, those of tables in batches that wait to be freed. The page of an mm with
+        PGSTEs keeps both its bits until then (page_table_free_rcu()).
     :param missing: What could not be seen of those, in sentences.
     :return: ``None`` if this kernel has no halves.
     """
@@ -223,7 +232,8 @@ def read_halves(
     pgste = _pgste(prog, tables)[owner]
     bits = _upper_byte(refcount)
     count = refcount.astype(np.uint32) & np.uint32((1 << _SHIFT) - 1)
-    problem = _problems(bits, count, linked, spare, space, listed, pgste)
+    waits = (bits == BOTH) & np.isin(pfns * page, pending)
+    problem = _problems(bits, count, linked, spare, space, listed, pgste, waits)
     problem[two_mms & (problem == 0)] = _TWO_MMS
     problem[~typed & (listed >= 0)] = _UNTYPED
     problem[~readable] = 0
@@ -266,6 +276,7 @@ def _problems(
     space: npt.NDArray[np.int64],
     listed: npt.NDArray[np.int64],
     pgste: BoolArray,
+    waits: BoolArray,
 ) -> npt.NDArray[np.uint8]:
     """The first thing that is wrong with each page."""
     allocated = bits & np.uint8(BOTH)
@@ -288,7 +299,7 @@ def _problems(
         (~one & (listed >= 0), _LISTED),
         (one & (listed < 0) & ~new, _NOT_LISTED),
         ((listed >= 0) & (space >= 0) & (listed != space), _FOREIGN_LIST),
-        (allocated & ~kept, _UNLINKED),
+        (np.where(waits & (kept == 0), np.uint8(0), allocated & ~kept), _UNLINKED),
     ):
         result[(wrong != 0) & (result == 0)] = problem
     return result

@@ -53,6 +53,9 @@ class Vm:
     slots: tuple[Slot, ...]
     #: What could not be read, in sentences.
     missing: tuple[str, ...]
+    #: Whether slots_lock is held: slots come into use before the guest's address space follows, and
+    #: SRCU readers are waited for in between (kvm_set_memory_region(), kvm_commit_memory_region()).
+    changing: bool = False
 
     def host_address(self, guest: int) -> int | None:
         """Translate a guest address to one of the process, by the memory slots."""
@@ -126,7 +129,18 @@ def read_vm(prog: Program, address: int) -> Vm:
     except (FaultError, LookupError, AttributeError, ValueError) as error:
         missing.append(f"struct kvm {address:#x}: not all memory slots can be read: {error}")
     slots.sort(key=lambda slot: slot.guest)
-    return Vm(address, mm, _name(kvm), tuple(slots), tuple(missing))
+    return Vm(address, mm, _name(kvm), tuple(slots), tuple(missing), _locked(kvm))
+
+
+def _locked(kvm: Object) -> bool:
+    """Whether somebody has ``slots_lock``."""
+    try:
+        lock = kvm.slots_lock
+        if lock.type_.has_member("rtmutex"):  # PREEMPT_RT
+            return bool(lock.rtmutex.owner)
+        return bool(lock.owner.counter.value_())
+    except (FaultError, LookupError, AttributeError):
+        return False
 
 
 def _slots(kvm: Object) -> Iterator[Slot]:

@@ -139,6 +139,7 @@ class Stories:
             self.tables,
             self.scan,
             deposited=_addresses(deposits),
+            pending=self.pending.addresses,
             missing=deposits.missing,
         )
 

@@ -23,6 +23,7 @@ from opened import Sample
 from overlay import Overlay
 
 from ptinspect.census import Census, Holder, take_census, untyped_census
+from ptinspect.checks import run_checks
 from ptinspect.cli.spaces import choose_space
 from ptinspect.errors import UsageError
 from ptinspect.faces.gmap import absent_report, gmaps_report
@@ -643,3 +644,16 @@ def test_a_list_head_that_leads_nowhere(broken: Broken) -> None:
         assert Relation.LIST in broken.relations()
     with broken.overlay.value_of(head.next, 0):
         assert Relation.LIST in broken.relations()
+
+
+def test_slots_that_are_being_changed(broken: Broken) -> None:
+    """They come into use first; the guest's address space follows when SRCU readers are gone."""
+    kvm = cast("struct kvm *", broken.object.private)
+    only = ["gmap-h2g-g2h"]
+    with ExitStack() as stack:
+        slot_elsewhere(broken, stack)
+        assert run_checks(broken.prog, only=only).findings
+        stack.enter_context(broken.overlay.value_of(kvm.slots_lock.owner.counter, 1 << 12))
+        (result,) = run_checks(broken.prog, only=only).results
+    assert result.findings == ()
+    assert [why for why, _ in result.set_aside] == ["memory slots of the machine are being changed"]

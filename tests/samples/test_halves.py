@@ -14,8 +14,9 @@ from opened import Sample
 from overlay import Overlay
 
 from ptinspect.census import Holder, take_census
+from ptinspect.checks import run_checks
 from ptinspect.faces.fragments import frags_report
-from ptinspect.state.halves import BOTH, LOWER, UPPER, Halves, halves_text
+from ptinspect.state.halves import BOTH, LOWER, UPPER, Halves, halves_text, read_halves
 from ptinspect.tables.spaces import SpaceKind
 
 
@@ -176,6 +177,33 @@ def test_a_page_whose_halves_only_wait(sample: Sample) -> None:
         census = found.census
     assert found.status == 0
     assert census.holder[census.index_of_pfn(pfn)] == Holder.FRAGMENT_CACHE
+
+
+def test_a_whole_page_in_a_batch(sample: Sample) -> None:
+    """With PGSTEs a page keeps the bits of both halves until its batch is freed."""
+    story = halves_of(sample)
+    pfn = page_with(story, 0x03)
+    tables = story.tables
+    rows = np.flatnonzero((tables.level == 0) & (tables.address // 4096 == pfn)).tolist()
+    overlay = Overlay(sample.prog)
+    first, second = (int(tables.entry_address[row]) for row in rows)
+    with (
+        overlay.word_at(first, 0x20, physical=True),
+        overlay.word_at(second, 0x20, physical=True),
+    ):
+        tables = take_census(sample.prog, leaf_counts=False).tables
+        lost = read_halves(sample.prog, tables, sample.scan)
+        pending = np.array([pfn * 4096], np.uint64)
+        waits = read_halves(sample.prog, tables, sample.scan, pending=pending)
+        checked = run_checks(sample.prog)
+    assert lost is not None
+    assert waits is not None
+    assert lost.pfn[lost.unreached].tolist() == [pfn]
+    assert not waits.problem.any()
+    # Who holds a whole page is for another invariant.
+    found = {finding.invariant for finding in checked.findings}
+    assert "typed-reachability" in found
+    assert "s390-half-state" not in found
 
 
 def test_a_list_that_is_cut(sample: Sample) -> None:

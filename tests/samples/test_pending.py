@@ -25,6 +25,7 @@ from overlay import Overlay
 from test_commands import answer, run
 
 from ptinspect.census import Census, Holder, take_census
+from ptinspect.checks import run_checks
 from ptinspect.faces.orphans import orphans_notes
 from ptinspect.faces.pending import pending_report
 from ptinspect.faces.report import Report
@@ -464,3 +465,49 @@ def test_single_table(moving: Sample) -> None:
     single = [free for free in found.frees if free.function == "__tlb_remove_table_one_rcu"]
     assert [free.address for free in single] == [member]
     assert pfn in found.pfns.tolist()
+
+
+def test_a_batch_that_is_being_freed(moving: Sample) -> None:
+    """Some of its tables are free, and may be somebody's again: linked, or queued once more."""
+    census = take_census(moving.prog)
+    story = census.stories.pending
+    chosen = next(
+        n for n, free in enumerate(story.frees) if free.function == "tlb_remove_table_rcu"
+    )
+    table = int(np.flatnonzero(story.free == chosen)[0])
+    linked = int(census.tables.address[np.flatnonzero(census.tables.level == 0)[0]])
+    addresses = story.addresses.copy()
+    addresses[table] = linked
+    waiting = replace(story, addresses=addresses)
+    frees = list(story.frees)
+    frees[chosen] = replace(frees[chosen], segment=Segment.INVOKED)
+    invoked = replace(waiting, frees=tuple(frees))
+    # Queued by another one as well.
+    twice = replace(
+        invoked,
+        addresses=np.append(story.addresses, story.addresses[table]),
+        free=np.append(story.free, np.int32((chosen + 1) % len(frees))),
+    )
+    for pending, wrong in ((waiting, 1), (invoked, 0), (twice, 0)):
+        census.stories.__dict__["pending"] = pending
+        (result,) = run_checks(moving.prog, census=census, only=["pending-not-linked"]).results
+        assert len(result.findings) == wrong
+        assert sum(dict(result.set_aside).values()) == 1 - wrong
+    assert all("frees its batch" in why for why, _ in result.set_aside)
+
+
+def test_a_table_that_two_batches_name(moving: Sample) -> None:
+    census = take_census(moving.prog)
+    story = census.stories.pending
+    other = (int(story.free[0]) + 1) % len(story.frees)
+    census.stories.__dict__["pending"] = replace(
+        story,
+        addresses=np.append(story.addresses, story.addresses[0]),
+        free=np.append(story.free, np.int32(other)),
+    )
+    (result,) = run_checks(moving.prog, census=census, only=["pending-not-linked"]).results
+    (finding,) = result.findings
+    evidence = dict(finding.evidence)
+    assert finding.message == "a table that waits to be freed is queued twice"
+    assert evidence["queued_at"] == story.frees[other].address
+    assert evidence["other_queued_at"] == story.frees[int(story.free[0])].address
