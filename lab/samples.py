@@ -56,23 +56,23 @@ class Sample:
 
 
 #: x86 without ACPI: where fw_cfg is has to be said, and the MP table wants two sockets.
-_X86_SMP = "2,sockets=2,cores=1,threads=1"
-_X86_APPEND = "qemu_fw_cfg.ioport=12@0x510:0:1:4 init_on_free=1 lab_hugepages=4"
+X86_SMP = "2,sockets=2,cores=1,threads=1"
+X86_APPEND = "qemu_fw_cfg.ioport=12@0x510:0:1:4 init_on_free=1 lab_hugepages=4"
 
 SAMPLES: dict[str, Sample] = {
-    "x86_64-7.3": Sample(f"{_X86_APPEND} numa=fake=2", _X86_SMP),
+    "x86_64-7.3": Sample(f"{X86_APPEND} numa=fake=2", X86_SMP),
     "x86_64-7.3-load": Sample(
-        f"{_X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=1200",
-        _X86_SMP,
+        f"{X86_APPEND} numa=fake=2 lab_load=1 lab_sparse=1200",
+        X86_SMP,
         kernel="x86_64-7.3",
         moment=GATHERING,
     ),
     # Tables of the kernel that are freed later.
-    "x86_64-7.3-async": Sample(f"{_X86_APPEND} lab_load=3", _X86_SMP, moment=KERNEL_TABLES),
-    "x86_64-7.3-owner": Sample(f"{_X86_APPEND} page_owner=on", _X86_SMP),
-    "x86_64-6.1": Sample(f"{_X86_APPEND} pti=on", _X86_SMP),
+    "x86_64-7.3-async": Sample(f"{X86_APPEND} lab_load=3", X86_SMP, moment=KERNEL_TABLES),
+    "x86_64-7.3-owner": Sample(f"{X86_APPEND} page_owner=on", X86_SMP),
+    "x86_64-6.1": Sample(f"{X86_APPEND} pti=on", X86_SMP),
     # Locks that are too large for a descriptor.
-    "x86_64-6.12-lockdep": Sample(_X86_APPEND, _X86_SMP),
+    "x86_64-6.12-lockdep": Sample(X86_APPEND, X86_SMP),
     "s390x-6.12": Sample("init_on_free=1"),
     "s390x-6.1": Sample("init_on_free=1"),
     "s390x-7.3": Sample("init_on_free=1"),

@@ -27,6 +27,7 @@ from lab.guest import Guest, booted
 from lab.initramfs import workload_initramfs
 from lab.kernels import Kernel
 from lab.run import say
+from lab.samples import X86_APPEND, X86_SMP
 from ptinspect.checks import CheckResults, Verdict, run_checks
 from ptinspect.checks.run import persisting
 from ptinspect.target import Target, TargetOptions, open_target
@@ -96,7 +97,7 @@ def silence(
     """
     end = time.monotonic() + seconds
     random.seed(seed)
-    words = f"lab_load=2 lab_hugepages=6 lab_seed={seed} {append}"
+    words = f"{_machine_words(kernel)} lab_load=2 lab_hugepages=6 lab_seed={seed} {append}"
     with _loaded(kernel, modules, words) as (guest, target), record.open("a") as out:
         for number in range(2 * rounds):
             if time.monotonic() > end:
@@ -135,7 +136,7 @@ def _loaded(kernel: Kernel, modules: Sequence[Path], append: str) -> Iterator[tu
                 kernel.image,
                 initrd,
                 memory=_MEMORY,
-                smp="2",
+                smp=X86_SMP if kernel.arch.name == "x86_64" else "2",
                 append=append,
                 extra=_nodes(kernel.arch),
             )
@@ -144,6 +145,13 @@ def _loaded(kernel: Kernel, modules: Sequence[Path], append: str) -> Iterator[tu
             options = TargetOptions(qemu=str(guest.qmp_socket), symbols=(kernel.vmlinux,))
             with open_target(options) as target:
                 yield guest, target
+
+
+def _machine_words(kernel: Kernel) -> str:
+    """Tell a small kernel for x86, which has no ACPI, of what ACPI would: nodes, fw_cfg."""
+    if kernel.arch.name != "x86_64" or kernel.modules:
+        return ""
+    return f"{X86_APPEND} numa=fake=2"
 
 
 def _nodes(arch: Arch) -> tuple[str, ...]:
