@@ -61,8 +61,13 @@ def walk_command(space_name: str, address_text: str, output_format: str) -> int:
 @target_options
 @click.argument("space_name", metavar="SPACE")
 @click.option("--all", "everything", is_flag=True, help="Also what is swapped or otherwise absent.")
+@click.option(
+    "--fold/--no-fold",
+    default=None,
+    help="Write what maps the same memory at equal distances as one row (the default in text).",
+)
 @format_option
-def map_command(space_name: str, everything: bool, output_format: str) -> int:
+def map_command(space_name: str, everything: bool, fold: bool | None, output_format: str) -> int:
     """
     An address space as merged ranges with whole-path permissions.
 
@@ -78,7 +83,9 @@ def map_command(space_name: str, everything: bool, output_format: str) -> int:
         if everything:
             kinds = [kind for kind in EntryClass if kind not in (EntryClass.NONE, EntryClass.TABLE)]
         mapped = map_space(prog, paging, space, kinds=kinds, memory=physical_ranges(prog))
-        report = map_report(paging, mapped, target_heading(target))
+        if fold is None:
+            fold = output_format == "text"
+        report = map_report(paging, mapped, target_heading(target), fold=fold)
     return emit(report, output_format)
 
 

@@ -11,7 +11,7 @@ from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 from ptinspect.kernel.paging import EntryClass, Paging, Permission
 from ptinspect.reached import census_missing
 from ptinspect.tables.lookup import Outcome, PageOwner, TableOwner, Translation
-from ptinspect.tables.ranges import SpaceMap
+from ptinspect.tables.ranges import Repeated, SpaceMap, fold_ranges
 from ptinspect.tables.spaces import Space
 from ptinspect.tables.steps import DescribedStep
 
@@ -118,8 +118,22 @@ def walk_report(
     )
 
 
-def map_report(paging: Paging, mapped: SpaceMap, target: str) -> Report:
-    """Lay out an address space."""
+def map_report(paging: Paging, mapped: SpaceMap, target: str, *, fold: bool = False) -> Report:
+    """
+    Lay out an address space.
+
+    :param fold: Whether to write what repeats at equal distances as one row.
+    """
+    ranges = fold_ranges(mapped.ranges) if fold else (Repeated(r, 1, 0) for r in mapped.ranges)
+    repeated = list(ranges)
+    folds = any(each.times > 1 for each in repeated)
+    notes = [PERMISSION_LEGEND]
+    if folds:
+        notes.insert(
+            0,
+            "times: the same memory is mapped again so often, every_KiB apart; --no-fold writes "
+            "each.",
+        )
     return Report(
         "map",
         target,
@@ -136,6 +150,7 @@ def map_report(paging: Paging, mapped: SpaceMap, target: str) -> Report:
                     Column("permissions"),
                     Column("attributes"),
                     Column("first_physical", Kind.HEX),
+                    *((Column("times", Kind.COUNT), Column("every_KiB", Kind.COUNT)) * folds),
                 ),
                 (
                     (
@@ -148,13 +163,14 @@ def map_report(paging: Paging, mapped: SpaceMap, target: str) -> Report:
                         permission_letters(r.permissions),
                         " ".join(r.attributes),
                         r.physical,
+                        *((times if distance else None, distance // 1024 or None) * folds),
                     )
-                    for r in mapped.ranges
+                    for r, times, distance in repeated
                 ),
                 f"{mapped.space.name}, {paging.mode} ({target})",
             ),
         ),
-        notes=(PERMISSION_LEGEND,),
+        notes=notes,
         missing=[
             f"{hole.start:#x}-{hole.end:#x}: {level_name(paging, hole.level)} table "
             f"{hole.state.name.lower()}"

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,47 @@ class SpaceMap:
     space: Space
     ranges: tuple[AddressRange, ...]
     unseen: tuple[UnseenRange, ...]
+
+
+class Repeated(NamedTuple):
+    """A range, and how often the like of it follows at equal distances."""
+
+    first: AddressRange
+    #: 1 if it stands alone.
+    times: int
+    #: From one to the next, bytes; 0 if it stands alone.
+    distance: int
+
+
+#: What is repeated less often is not worth folding.
+_FEWEST = 4
+
+
+def fold_ranges(ranges: Sequence[AddressRange]) -> Iterator[Repeated]:
+    """
+    Take together what maps the same memory again and again at equal distances.
+
+    x86's ESPFIX area does: 65536 aliases of one page for each CPU, 64 KiB apart
+    (arch/x86/kernel/espfix_64.c).
+    """
+    number = 0
+    while number < len(ranges):
+        first, times, distance = ranges[number], 1, 0
+        while number + times < len(ranges):
+            before, after = ranges[number + times - 1], ranges[number + times]
+            step = after.start - before.start
+            if (distance and step != distance) or not _is_alias(first, after):
+                break
+            times, distance = times + 1, step
+        if times < _FEWEST:
+            times, distance = 1, 0
+        yield Repeated(first, times, distance)
+        number += times
+
+
+def _is_alias(one: AddressRange, other: AddressRange) -> bool:
+    size = one.end - one.start
+    return replace(one, start=other.start, end=other.start + size) == other
 
 
 class _Part(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +16,12 @@ from drgn.helpers.linux.mm import follow_phys, page_to_pfn, virt_to_pfn
 from opened import Sample
 
 from ptinspect.census import Census, Holder, join, take_census
+from ptinspect.cli.main import run
 from ptinspect.kernel.descriptor import pfn_to_ptdesc, ptdesc_member
 from ptinspect.kernel.paging import EntryClass, Paging, Permission, paging_of
 from ptinspect.tables.lookup import Outcome, page_owners, walk_address
 from ptinspect.tables.physical import physical_ranges
-from ptinspect.tables.ranges import AddressRange, SpaceMap, map_space
+from ptinspect.tables.ranges import AddressRange, SpaceMap, fold_ranges, map_space
 from ptinspect.tables.spaces import Found, Space, SpaceKind, SpaceList, find_spaces
 from ptinspect.tables.usage import space_usage
 from ptinspect.tables.walk import RowState, Tables, walk_spaces
@@ -429,3 +431,37 @@ def test_hugetlb_mappings_share_a_table(sample: Sample) -> None:
         except LookupError:
             continue  # this kernel does not count sharers, or counts them as references
         assert shared == 2 - len(tables)
+
+
+def test_what_repeats_is_folded_and_nothing_else(sample: Sample) -> None:
+    """Unfolded again, the ranges are the same; x86's ESPFIX area is one row."""
+    kernel = walked(sample).spaces.kernel
+    assert kernel is not None
+    ranges = mapped(sample, kernel).ranges
+    folded = list(fold_ranges(ranges))
+    unfolded = [
+        replace(first, start=first.start + n * distance, end=first.end + n * distance)
+        for first, times, distance in folded
+        for n in range(times)
+    ]
+    assert unfolded == list(ranges)
+    espfix = [each for each in folded if each.times == 1 << 16]
+    assert [each.distance for each in espfix] == [1 << 16] * ("espfix" in str(sample.texts).lower())
+
+
+def test_text_is_folded_and_data_is_not(sample: Sample, capsys: pytest.CaptureFixture[str]) -> None:
+    if sample.name != "x86_64-6.1":
+        pytest.skip("one sample with an ESPFIX area is enough")
+    ask = ["--sample", sample.name, "map", "kernel"]
+    assert run(ask) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 100
+    assert "--no-fold writes each" in text
+    (row,) = (line.split() for line in text.splitlines() if " 65536 " in line)
+    assert row[-2:] == ["65536", "64"]
+    assert run([*ask, "--no-fold"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 1 << 16
+    assert run([*ask, "--format", "csv"]) == 0
+    whole = capsys.readouterr().out.splitlines()
+    assert len(whole) > 1 << 16
+    assert "times" not in whole[0]
