@@ -178,16 +178,32 @@ def sample(name: str) -> None:
 @click.argument("arch")
 @click.argument("series")
 @click.argument("question", nargs=-1)
+@click.option("--flavour", help="What Debian appends to the release, if not the plain kernel's.")
 @click.option("--memory", default=1536, help="MiB.", show_default=True)
-def live(suite: str, arch: str, series: str, question: tuple[str, ...], memory: int) -> None:
+def live(
+    suite: str,
+    arch: str,
+    series: str,
+    question: tuple[str, ...],
+    flavour: str | None,
+    memory: int,
+) -> None:
     """
     Boot a Debian kernel whose system has drgn and ptinspect, and look through its /proc/kcore.
 
     Each QUESTION is one command of ptinspect, in quotes, with its options; by default `summary`.
+    Those that start with % go to one session of drgn's shell, which loads vmlinux but once.
     `{sparse.pid}` is a process that rests in the guest.
     """
-    asked = [("python3", "-m", "ptinspect", *line.split()) for line in question or ("summary",)]
-    answers = look_inside(suite, debian_kernel(suite, arch, series), asked, memory=memory)
+    lines = question or ("summary",)
+    asked = [
+        ("python3", "-m", "ptinspect", *line.split()) for line in lines if not line.startswith("%")
+    ]
+    shell = [line[1:] for line in lines if line.startswith("%")]
+    if shell:
+        asked.append(("drgn", *shell))
+    kernel = debian_kernel(suite, arch, series, flavour)
+    answers = look_inside(suite, kernel, asked, memory=memory)
     for told, (out, err) in zip(answers.document["answers"], answers.outputs):
         click.echo(f"$ {' '.join(told['arguments'])}")
         click.echo(out + err)

@@ -32,6 +32,8 @@ class Kernel:
     image: Path
     vmlinux: Path  #: with DWARF
     modules: tuple[Path, ...] = ()  #: uncompressed, in load order
+    #: Where the debug package has vmlinux, below the root; a small kernel has no package.
+    packaged: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,7 @@ def debian_kernel(suite: str, arch_name: str, series: str, flavour: str | None =
         packages = _series_packages(suite, arch, series, flavour)
     except archive.ArchiveUnreachableError as error:
         kept = sorted(
-            (path for path in cache("debian").glob(f"{prefix}_*") if path.is_dir()),
+            (path.parent for path in cache("debian").glob(f"{prefix}_*/packaged")),
             key=lambda path: path.stat().st_mtime,
         )
         if not kept:
@@ -389,7 +391,7 @@ def debian_kernel(suite: str, arch_name: str, series: str, flavour: str | None =
         say(f"{error}; taking {kept[-1].name} from the cache")
         return _kept_kernel(arch, kept[-1])
     folder = cache("debian") / f"{prefix}_{packages['dbg'].version.replace(':', '_')}"
-    if not folder.exists():
+    if not (folder / "packaged").exists():
         with made_whole(folder) as unfinished:
             unfinished.mkdir()
             _unpack_kernel(arch, packages, unfinished)
@@ -439,6 +441,8 @@ def _unpack_kernel(arch: Arch, packages: dict[str, archive.Package], into: Path)
         elif len(found) != 1:
             raise LabError(f"{packages[role].name} has {len(found)} files for {role}")
         else:
+            if role == "dbg":
+                (into / "packaged").write_text(str(found[0].relative_to(folder)))
             shutil.move(str(found[0]), into / names[role])
         shutil.rmtree(folder)
     for package in packages.values():
@@ -452,6 +456,7 @@ def _kept_kernel(arch: Arch, folder: Path) -> Kernel:
         folder / "image",
         folder / "vmlinux",
         tuple(sorted((folder / "modules").glob("*.ko"))) if arch.vmcoreinfo_modules else (),
+        Path((folder / "packaged").read_text()),
     )
 
 

@@ -59,6 +59,18 @@ class LiveAnswers:
     #: Standard output and error of each command.
     outputs: tuple[tuple[str, str], ...]
 
+    def session(self, number: int) -> list[tuple[str, dict[str, Any]]]:
+        """
+        Get what a session of drgn's shell answered in JSON: each line, and its answer.
+
+        :raises LabError: if the session did not get to its end
+        """
+        out, err = self.outputs[number]
+        if self.document["answers"][number]["status"]:
+            raise LabError(f"drgn's shell failed: {err.strip().splitlines()[-1:]}")
+        parts = re.split(r"^@@ (pt.*)\n", out, flags=re.M)[1:]
+        return [(line, json.loads(text)) for line, text in zip(parts[::2], parts[1::2])]
+
 
 def system_tree(arch: Arch) -> Path:
     """
@@ -98,12 +110,12 @@ def system_image(kernel: Kernel) -> Path:
     image = cache("live") / f"{kernel.image.parent.name}-{tree.name.rpartition('-')[2]}.img"
     if not image.exists():
         say(f"making the system disk for {kernel.release}")
-        debug = Path("usr/lib/debug/boot") / f"vmlinux-{kernel.release}"
+        assert kernel.packaged is not None
         with made_whole(image) as unfinished, tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
             staged = Path(tmp) / "root"
             run(["cp", "-a", "--reflink=auto", tree, staged])
-            (staged / debug).parent.mkdir(parents=True)
-            shutil.copy(kernel.vmlinux, staged / debug)
+            (staged / kernel.packaged).parent.mkdir(parents=True)
+            shutil.copy(kernel.vmlinux, staged / kernel.packaged)
             used = sum(path.lstat().st_size + 4096 for path in staged.rglob("*"))
             _ext4(unfinished, staged, used // 10 * 12 + (64 << 20))
     return image

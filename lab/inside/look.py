@@ -26,6 +26,9 @@ from pathlib import Path
 DATA = Path("/data")
 RESULTS = DATA / "results"
 
+#: The number of membarrier(), which the C library has no function for.
+MEMBARRIER = {"x86_64": 324, "s390x": 356, "aarch64": 283, "ppc64le": 365, "riscv64": 283}
+
 
 def resting(name: str, pages: int, step: int, *, empty: bool = False) -> dict[str, object]:
     """
@@ -59,20 +62,33 @@ def pagemap(pid: int, address: int) -> int:
         return int(struct.unpack("=Q", file.read(8))[0])
 
 
-def kernel_says(pids: list[int]) -> dict[str, object]:
-    """What /proc says; writing to stat_refresh folds the counters of the CPUs in first."""
+def counted_tables() -> int:
+    """What /proc/vmstat says, once stat_refresh folded the counters of the CPUs in."""
     Path("/proc/sys/vm/stat_refresh").write_text("1")
     vmstat = Path("/proc/vmstat").read_text()
-    counted = re.search(r"^nr_page_table_pages (\d+)$", vmstat, re.M)
+    (count,) = re.findall(r"^nr_page_table_pages (\d+)$", vmstat, re.M)
+    return int(count)
+
+
+def kernel_says(pids: list[int]) -> dict[str, object]:
+    """What /proc says of all page tables, and of some processes."""
     status = {}
     for pid in pids:
         text = Path(f"/proc/{pid}/status").read_text()
         status[pid] = dict(re.findall(r"^(VmPTE|VmRSS|Threads):\s+(\d+)", text, re.M))
-    return {"nr_page_table_pages": int(counted[1]) if counted else None, "status": status}
+    return {"nr_page_table_pages": counted_tables(), "status": status}
+
+
+def wait_for_rcu() -> None:
+    """Wait until every CPU has passed a quiescent state: tables that were freed before may go."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(MEMBARRIER[os.uname().machine]), ctypes.c_long(1), 0, 0):
+        raise OSError(ctypes.get_errno(), "membarrier")
 
 
 def settled(pids: list[int]) -> dict[str, object]:
     """What /proc says once RCU let go of the tables of the last process that ended."""
+    wait_for_rcu()
     said = kernel_says(pids)
     for _ in range(20):
         time.sleep(1)
@@ -94,7 +110,11 @@ for line in sys.argv[1:]:
 
 
 def ask(arguments: list[str], stem: Path) -> dict[str, object]:
-    """Run a command to its end; its output goes to files."""
+    """
+    Run a command to its end; its output goes to files.
+
+    Meanwhile the kernel is asked again and again how many page tables there are.
+    """
     if arguments[0] == "drgn":
         script = Path("/tmp/session.py")
         script.write_text(SESSION)
@@ -102,12 +122,17 @@ def ask(arguments: list[str], stem: Path) -> dict[str, object]:
     started = time.monotonic()
     with open(f"{stem}.out", "wb") as out, open(f"{stem}.err", "wb") as err:
         process = subprocess.Popen(arguments, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
+        most = pid = 0
+        while not pid:
+            time.sleep(0.2)
+            most = max(most, counted_tables())
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     return {
         "arguments": arguments,
         "status": os.waitstatus_to_exitcode(status),
         "seconds": round(time.monotonic() - started, 2),
         "max_rss_kb": usage.ru_maxrss,
+        "most_page_table_pages": most,
     }
 
 
