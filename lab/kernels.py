@@ -32,7 +32,7 @@ class Kernel:
     image: Path
     vmlinux: Path  #: with DWARF
     modules: tuple[Path, ...] = ()  #: uncompressed, in load order
-    #: Where the debug package has vmlinux, below the root; a small kernel has no package.
+    #: Where the debug package has vmlinux, below the root; not known of small kernels.
     packaged: Path | None = None
 
 
@@ -383,7 +383,7 @@ def debian_kernel(suite: str, arch_name: str, series: str, flavour: str | None =
         packages = _series_packages(suite, arch, series, flavour)
     except archive.ArchiveUnreachableError as error:
         kept = sorted(
-            (path.parent for path in cache("debian").glob(f"{prefix}_*/packaged")),
+            (path for path in cache("debian").glob(f"{prefix}_*") if path.is_dir()),
             key=lambda path: path.stat().st_mtime,
         )
         if not kept:
@@ -391,7 +391,7 @@ def debian_kernel(suite: str, arch_name: str, series: str, flavour: str | None =
         say(f"{error}; taking {kept[-1].name} from the cache")
         return _kept_kernel(arch, kept[-1])
     folder = cache("debian") / f"{prefix}_{packages['dbg'].version.replace(':', '_')}"
-    if not (folder / "packaged").exists():
+    if not folder.exists():
         with made_whole(folder) as unfinished:
             unfinished.mkdir()
             _unpack_kernel(arch, packages, unfinished)
@@ -450,13 +450,14 @@ def _unpack_kernel(arch: Arch, packages: dict[str, archive.Package], into: Path)
 
 
 def _kept_kernel(arch: Arch, folder: Path) -> Kernel:
+    packaged = folder / "packaged"
     return Kernel(
         arch,
         (folder / "release").read_text(),
         folder / "image",
         folder / "vmlinux",
         tuple(sorted((folder / "modules").glob("*.ko"))) if arch.vmcoreinfo_modules else (),
-        Path((folder / "packaged").read_text()),
+        Path(packaged.read_text()) if packaged.exists() else None,
     )
 
 

@@ -105,12 +105,14 @@ def system_image(kernel: Kernel) -> Path:
     Make the system disk of a guest: programs, and the kernel's debug file.
 
     :return: an ext4 image, in the cache
+    :raises LabError: if it is not known where the debug file belongs
     """
+    if kernel.packaged is None:
+        raise LabError(f"{kernel.image.parent} is of an older lab: delete it, to get it again")
     tree = system_tree(kernel.arch)
     image = cache("live") / f"{kernel.image.parent.name}-{tree.name.rpartition('-')[2]}.img"
     if not image.exists():
         say(f"making the system disk for {kernel.release}")
-        assert kernel.packaged is not None
         with made_whole(image) as unfinished, tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
             staged = Path(tmp) / "root"
             run(["cp", "-a", "--reflink=auto", tree, staged])
