@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from lab import matrix
 from lab.errors import GuestError, LabError
+from lab.live import LiveAnswers
 from lab.matrix import Row
 
 ROWS = (
@@ -140,3 +142,29 @@ def test_what_the_tests_of_a_guest_said(
     monkeypatch.setattr(subprocess, "run", run)
     kernel: Any = None
     assert matrix._run_tests(ROWS[1], kernel) == verdict
+
+
+def live_answers(difference: int, walked: int, findings: Sequence[Any] = ()) -> LiveAnswers:
+    answered = {
+        "ptsummary": {"accounting": {"difference": difference}},
+        "ptcheck": {"findings": list(findings)},
+        "ptps": {"spaces": [{"pid": 7, "walked_KiB": walked}]},
+    }
+    out = "".join(
+        f"@@ {name} --format json\n{json.dumps({'tables': tables}, indent=1)}\n"
+        for name, tables in answered.items()
+    )
+    told = {"status": 0, "after": {"status": {"7": {"VmPTE": "40"}}}}
+    return LiveAnswers({"answers": [told]}, ((out, ""),))
+
+
+def test_live_verdict() -> None:
+    finding = {"invariant": "desc-not-tail"}
+    assert matrix._live_verdict(live_answers(-3, 40)) == "pass"
+    assert matrix._live_verdict(live_answers(65, 40)) == "summary: NR_PAGETABLE differs"
+    assert matrix._live_verdict(live_answers(0, 44)) == "ps: process 7 differs"
+    assert matrix._live_verdict(live_answers(0, 40, [finding])) == "check: desc-not-tail"
+    failed = live_answers(0, 40)
+    failed.document["answers"][0]["status"] = 1
+    with pytest.raises(LabError, match="shell failed"):
+        matrix._live_verdict(failed)
