@@ -28,6 +28,7 @@ from ptinspect.kernel.direct_map import direct_map_offset
 from ptinspect.lists import walk_list
 from ptinspect.memory import AddressArray, BoolArray
 from ptinspect.state.rcu import CallbackList, RcuCallbacks, Segment, rcu_callbacks
+from ptinspect.state.shared_pages import read_descriptors
 from ptinspect.state.stacks import KernelStack, kernel_stacks
 from ptinspect.state.told import Told
 from ptinspect.tables.memmap import Memmap
@@ -446,6 +447,8 @@ class _Reader:
 
     def _plausible(self, batch: int, in_use: bool = False) -> bool:
         """Whether a page looks like a batch, all of whose entries name pages."""
+        if not self._allocated(batch):
+            return False
         try:
             read = self._read_batch(batch)
             if in_use and self.prog.read_word(batch + self.batch_rcu + self.rcu_function):
@@ -460,6 +463,18 @@ class _Reader:
         if not in_use:
             return True
         return bool((self._covered(pfns) & ~np.isin(addresses, self.tables.address)).any())
+
+    def _allocated(self, batch: int) -> bool:
+        """
+        Whether a page has the one reference that __get_free_page() gives.
+
+        A stack may still name a batch that was freed, and the free page still list its tables.
+        """
+        physical = np.array([batch], np.uint64) - self.direct_map
+        pfns = physical >> np.uint64(self.page_bytes.bit_length() - 1)
+        pages, readable = read_descriptors(self.prog, self.scan, self.memmap, pfns)
+        # What is missing from a dump is no reason to doubt.
+        return not readable[0] or int(pages["__page_refcount"][0]) == 1
 
     # The kernel's own tables --------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import pytest
 from corrupt import Answer, ask
 from drgn import Architecture, Object, Program, cast, container_of, offsetof
 from drgn.helpers.linux.cpumask import for_each_possible_cpu
-from drgn.helpers.linux.mm import page_to_pfn, pfn_to_page
+from drgn.helpers.linux.mm import page_to_pfn, pfn_to_page, virt_to_page
 from drgn.helpers.linux.percpu import per_cpu
 from drgn.helpers.linux.sched import cpu_curr
 from opened import Sample
@@ -511,3 +511,14 @@ def test_a_table_that_two_batches_name(moving: Sample) -> None:
     assert finding.message == "a table that waits to be freed is queued twice"
     assert evidence["queued_at"] == story.frees[other].address
     assert evidence["other_queued_at"] == story.frees[int(story.free[0])].address
+
+
+def test_a_batch_that_was_freed(moving: Sample, pending: Pending) -> None:
+    """A stack names it still, and its page says what it said: but nobody has the page."""
+    (batch,) = (free.address for free in pending.frees if free.way is Way.GATHER)
+    page = virt_to_page(moving.prog, batch)
+    with Overlay(moving.prog).value_of(page._refcount.counter, 0):
+        story = take_census(moving.prog).stories.pending
+    assert [free.way for free in story.frees] == [
+        free.way for free in pending.frees if free.way is not Way.GATHER
+    ]
