@@ -397,7 +397,10 @@ class Listing:
     def _meets(self, condition: str) -> BoolArray:
         match = _CONDITION.fullmatch(condition.strip())
         if match is None:
-            raise UsageError(f"condition {condition!r} is not COLUMN OP VALUE, like refcount!=1")
+            raise UsageError(
+                f"condition {condition!r} is not COLUMN OP VALUE, like refcount!=1; "
+                f"OP is one of {' '.join(_OPERATORS)}"
+            )
         name, operator, text = match.groups()
         column = self.column(name)
         values = column.values

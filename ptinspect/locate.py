@@ -63,7 +63,10 @@ def parse_address(text: str) -> tuple[AddressKind | None, int]:
         try:
             value = int(number, 16)
         except ValueError:
-            raise UsageError(f"{text!r} is not an address or a page frame number") from None
+            raise UsageError(
+                f"{text!r} is neither an address nor a page frame number: give a number or "
+                "pfn:N, phys:ADDR, virt:ADDR, page:ADDR or ptdesc:ADDR"
+            ) from None
     if not 0 <= value < 1 << 64:
         raise UsageError(f"{text!r} does not fit in 64 bits")
     return kind, value

@@ -92,6 +92,7 @@ def find_space(spaces: SpaceList, name: str) -> Space:
     if found is None:
         missing = "; ".join(f"{note.source}: {note.message}" for note in spaces.notes)
         what = f"there is no {kind} at {number:#x}" if kind else f"no process {number} has an mm"
+        what += "; the command ps lists all spaces"
         raise UsageError(what + (f" (not all could be seen: {missing})" if missing else ""))
     return found
 
@@ -108,7 +109,9 @@ def parse_virtual_address(prog: Program, text: str) -> int:
         try:
             return int(prog.symbol(text).address)
         except LookupError:
-            raise UsageError(f"{text!r} is neither an address nor a kernel symbol") from None
+            raise UsageError(
+                f"{text!r} is neither an address (hexadecimal digits) nor a kernel symbol"
+            ) from None
     if not 0 <= value < 1 << 64:
         raise UsageError(f"{text!r} does not fit in 64 bits")
     return value

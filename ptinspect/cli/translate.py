@@ -35,7 +35,7 @@ def walk_command(space_name: str, address_text: str, output_format: str) -> int:
     \b
     Examples:
       ptinspect --sample x86_64-7.3 walk kernel init_task
-      ptinspect walk 1234 7f0012345000
+      ptinspect walk 1 400000
     """
     with open_target(chosen_target()) as target:
         prog = target.prog

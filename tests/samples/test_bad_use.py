@@ -27,6 +27,15 @@ NONSENSE = ("zork", "", "pfn:", "-", "\x1b[31mred\n", str(1 << 70), "-1")
 VALID = {"SPACE": "1", "VA": "400000", "ADDR": "pfn:0x158"}
 
 
+#: What may be left out, by name.
+OPTIONAL = {"vm": "64", "gaddr": "0", "script": "script.py"}
+
+
+def target(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A target on which the command has something to find, if that is a special one."""
+    return ("--sample", "s390x-6.12") if path == ("gmap",) else ()
+
+
 class Case(NamedTuple):
     arguments: tuple[str, ...]
     #: What the message has to name, if that is certain.
@@ -101,6 +110,12 @@ def nonsense() -> Iterator[Case]:
         for position in range(len(good)):
             for text in NONSENSE:
                 yield Case((*path, "--", *good[:position], text, *good[position + 1 :]))
+        optional = [p.name for p in command.params if isinstance(p, click.Argument)][len(good) :]
+        for position, name in enumerate(optional):
+            before = [OPTIONAL[str(other)] for other in optional[:position]]
+            for text in NONSENSE:
+                yield Case((*target(path), *path, "--", *good, *before, text))
+            assert str(name) in OPTIONAL
         for option in command.params:
             if isinstance(option, click.Option) and not isinstance(option, TargetOption):
                 free = isinstance(option.type, (click.types.StringParamType, click.Path))
