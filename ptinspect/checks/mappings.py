@@ -203,7 +203,6 @@ def _hugetlb_leaves(batch: Batch) -> tuple[int, BoolArray]:
     places = np.flatnonzero(asked)
     number = 0
     space, va = batch.space[places], batch.va[places]
-    sizes = context.paging.leaf_bytes(batch.value[places], batch.level)
     for one in np.unique(space).tolist():
         areas = context.areas(one)
         if areas is None or not (areas.flags & np.uint64(VM_HUGETLB)).any():
@@ -213,9 +212,10 @@ def _hugetlb_leaves(batch: Batch) -> tuple[int, BoolArray]:
         inside = area >= 0
         inside[inside] = (areas.flags[area[inside]] & np.uint64(VM_HUGETLB)) != 0
         number += int(np.count_nonzero(inside))
+        here = places[here[inside]]
         expected = np.array([context.hugetlb_bytes(areas, n) for n in area[inside]], np.uint64)
-        wrong = (expected != 0) & (sizes[here[inside]] != expected)
-        suspect[places[here[inside][wrong]]] = True
+        sizes = context.paging.leaf_bytes(batch.value[here], batch.level)
+        suspect[here] = (expected != 0) & (sizes != expected)
     return number, suspect
 
 

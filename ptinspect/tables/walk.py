@@ -51,7 +51,7 @@ _SWAP_LIKE = np.array(
 )
 
 #: Lines of eight entries that are shown to a visitor together.
-_SHOWN_LINES = 1 << 13
+_SHOWN_LINES = 1 << 14
 
 #: Called now and then with (tables read, tables known so far).
 Progress = Callable[[int, int], None]
