@@ -22,7 +22,7 @@ from ptinspect.checks.model import Finding, Tally
 from ptinspect.kernel.paging.model import EntryClass
 from ptinspect.memory import BoolArray
 from ptinspect.tables.entries import Entries
-from ptinspect.tables.walk import RowArray, RowState, read_leaf_tables
+from ptinspect.tables.walk import RowArray, read_leaf_tables
 
 if TYPE_CHECKING:
     from ptinspect.checks.context import Context
@@ -131,7 +131,7 @@ class LeafPass:
         for level in range(len(context.paging.levels) - 1, 0, -1):
             self._ask(level, context.upper[level])
         tables = context.tables
-        if not (tables.state == RowState.NOT_READ).any():
+        if not tables.leaves_unread:
             # Whoever took the census has read them: then this is a second look.
             tables = tables.unread()
         read_leaf_tables(context.prog, tables, visitor=self._look)

@@ -81,7 +81,7 @@ def run_checks(
     Check the invariants of a target.
 
     :param prog: The kernel.
-    :param census: One that was taken already.
+    :param census: One that was taken already; if it lacks leaf counts, they are filled in.
     :param only: Ids or families to run; all if empty.
     :param skip: Ids or families to leave out.
     :param racing: Whether the target runs: then what is suspected is looked at again on fresh
@@ -91,7 +91,7 @@ def run_checks(
     :raises PtinspectError: if the target's memory map or paging is not supported
     """
     chosen = select(only, skip)
-    context = _new_context(prog, racing) if census is None else Context(prog, census, racing=racing)
+    context = _new_context(prog, census, racing)
     results, seconds = _run(context, chosen, progress)
     if racing:
         for _ in range(ROUNDS):
@@ -99,10 +99,13 @@ def run_checks(
     return CheckResults(tuple(results), tuple(census_missing(context.census)), tuple(seconds))
 
 
-def _new_context(prog: Program, racing: bool) -> Context:
-    """Take a census, and look at all entries in the same go."""
-    context = Context(prog, take_census(prog, leaf_counts=False), racing=racing)
-    context.leaves.run()
+def _new_context(prog: Program, census: Census | None, racing: bool) -> Context:
+    """Take a census if there is none; what it counts and what is asked of entries is one read."""
+    if census is None:
+        census = take_census(prog, leaf_counts=False)
+    context = Context(prog, census, racing=racing)
+    if census.tables.leaves_unread:
+        context.leaves.run()
     return context
 
 
@@ -177,7 +180,7 @@ def _confirm(prog: Program, results: list[Result]) -> list[Result]:
     if not suspects:
         return results
     time.sleep(_PAUSE)
-    again, _ = _run(_new_context(prog, True), suspects, None)
+    again, _ = _run(_new_context(prog, None, True), suspects, None)
     return _intersect(results, again)
 
 

@@ -141,6 +141,11 @@ class Tables:
         """Whether every table that an entry points to was read or was not asked for."""
         return not np.isin(self.state, (RowState.UNREADABLE, RowState.OUTSIDE)).any()
 
+    @property
+    def leaves_unread(self) -> bool:
+        """Whether tables of the lowest level are there that were not asked for."""
+        return bool((self.state == RowState.NOT_READ).any())
+
     def rows_of_space(self, space: int) -> npt.NDArray[np.intp]:
         """Get the rows of one space, from the root down."""
         return np.flatnonzero(self.space == space)
