@@ -27,6 +27,7 @@ from lab.errors import GuestError, LabError
 from lab.guest import Guest, booted
 from lab.initramfs import pack
 from lab.kernels import Kernel, debian_modules
+from lab.rootfs import unpack
 from lab.run import HERE, REPOSITORY, cache, made_whole, run, say, tool
 
 #: Where a drgn of the version that ptinspect needs is.
@@ -74,7 +75,7 @@ class LiveAnswers:
 
 def system_tree(arch: Arch) -> Path:
     """
-    Unpack the programs of a guest, without running their maintainer scripts.
+    Unpack the programs of a guest.
 
     :return: the folder, in the cache
     """
@@ -85,18 +86,11 @@ def system_tree(arch: Arch) -> Path:
     if not folder.exists():
         say(f"unpacking {len(packages)} packages of {SUITE} for {arch.name}")
         with made_whole(folder) as unfinished:
-            for package in packages:
-                archive.extract(archive.download(package), ["./*"], unfinished)
-                archive.forget(package)
+            unpack(packages, unfinished)
             for name in ("proc", "sys", "dev", "tmp", "data"):
                 (unfinished / name).mkdir(exist_ok=True)
-            for name in ("bin", "sbin", "lib", "lib64"):
-                if (unfinished / "usr" / name).is_dir() and not (unfinished / name).exists():
-                    (unfinished / name).symlink_to(f"usr/{name}")
             if not (unfinished / "usr/bin/sh").exists():
                 (unfinished / "usr/bin/sh").symlink_to("dash")
-            for name in ("doc", "man", "locale", "lintian", "info"):
-                shutil.rmtree(unfinished / "usr/share" / name, ignore_errors=True)
     return folder
 
 

@@ -3,8 +3,8 @@
 """
 A Debian userland as an initramfs: Python, drgn, bpftrace and this project inside a guest.
 
-Packages are unpacked, not installed: no maintainer script runs. The archive is in two parts, which
-the kernel unpacks one after the other: the packages, kept in the cache, and what one boot adds.
+The archive is in two parts, which the kernel unpacks one after the other: the packages, kept in the
+cache, and what one boot adds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pathlib import Path
 from lab import archive
 from lab.arches import Arch
 from lab.initramfs import entry, pack
-from lab.run import REPOSITORY, cache, made_whole, run, say
+from lab.rootfs import unpack
+from lab.run import REPOSITORY, cache, made_whole, say
 
 #: What the command line needs, and a shell.
 PYTHON = (
@@ -31,21 +32,6 @@ PYTHON = (
     "python3-numpy",
     "python3-tabulate",
 )
-
-#: Never used in a guest, and large.
-_LEFT_OUT = (
-    "usr/include",
-    "usr/share/bug",
-    "usr/share/doc",
-    "usr/share/info",
-    "usr/share/lintian",
-    "usr/share/locale",
-    "usr/share/man",
-    "usr/share/zoneinfo",
-)
-
-#: Folders of the root that are links in Debian; packages only have what they point to.
-_LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
 
 #: Mounts what programs expect; then /session runs, and the guest ends.
 _INIT = """#!/usr/bin/busybox sh
@@ -80,7 +66,7 @@ def userland(suite: str, arch: Arch, packages: Sequence[str]) -> Path:
     :raises LabError: if a package cannot be had
     """
     closure = archive.Index(suite, arch.debian).closure(packages)
-    digest = hashlib.sha256(repr((closure, _LEFT_OUT, 2)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((closure, 3)).encode()).hexdigest()[:16]
     path = cache("userland") / f"{suite}-{arch.name}-{digest}.cpio"
     if path.exists():
         return path
@@ -89,10 +75,7 @@ def userland(suite: str, arch: Arch, packages: Sequence[str]) -> Path:
     with made_whole(path) as unfinished:
         tree = unfinished.with_suffix(".tree")
         try:
-            for package in closure:
-                # Some packages have files under /lib: they go where the link points.
-                archive.extract(archive.download(package), ["./*"], tree / "unpacking")
-                _merge(tree / "unpacking", tree)
+            unpack(closure, tree)
             with unfinished.open("wb") as out:
                 for part in _archive(tree):
                     out.write(part)
@@ -101,31 +84,14 @@ def userland(suite: str, arch: Arch, packages: Sequence[str]) -> Path:
     return path
 
 
-def _merge(package: Path, tree: Path) -> None:
-    for name, target in _LINKS.items():
-        if (package / name).is_dir():
-            (tree / target).mkdir(parents=True, exist_ok=True)
-            run(["cp", "-a", f"{package / name}/.", tree / target])
-            shutil.rmtree(package / name)
-    run(["cp", "-a", f"{package}/.", tree])
-    shutil.rmtree(package)
-
-
 def _archive(tree: Path) -> Iterator[bytes]:
     number = 1
     for folder in ("dev", "proc", "sys", "tmp", "root", "run", "project"):
         yield entry(folder, stat.S_IFDIR | 0o755, b"", number, (0, 0))
         number += 1
-    for name, target in _LINKS.items():
-        yield entry(name, stat.S_IFLNK | 0o777, target.encode(), number, (0, 0))
-        number += 1
     for folder, folders, files in os.walk(tree):
         relative = os.path.relpath(folder, tree)
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if os.path.normpath(os.path.join(relative, name)) not in _LEFT_OUT
-        ]
+        folders.sort()
         for name in sorted(folders + files):
             path = Path(folder) / name
             inside = os.path.normpath(os.path.join(relative, name))
