@@ -395,6 +395,8 @@ def _marked_kernel(prog: Program, scan: MemmapScan) -> BoolArray:
 
 def _slots(prog: Program, scan: MemmapScan, rows: npt.NDArray[np.intp]) -> ByteArray:
     """The eight bytes of ``ptl`` of some descriptors."""
+    if not len(rows):
+        return np.empty((0, _SLOT), np.uint8)
     start = ptdesc_type(prog).member(native_member_name(prog, "ptl")).offset
     size = scan.descriptors.dtype.itemsize
     # A column of words, which NumPy picks from much faster than from one of single bytes.

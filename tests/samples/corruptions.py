@@ -18,7 +18,7 @@ from drgn import Program
 from retype import move_member
 
 from ptinspect.kernel.descriptor import byte_order, flags_bit, page_type_test
-from ptinspect.kernel.direct_map import virtual_to_physical
+from ptinspect.kernel.direct_map import physical_to_virtual, virtual_to_physical
 from ptinspect.kernel.paging import EntryClass, Permission
 from ptinspect.kernel.paging.model import PLAIN_SWAP
 from ptinspect.state.gmap import Gmap
@@ -458,7 +458,7 @@ def cut_the_ring(d: Damage) -> int:
     ring = _ring(d)
     table = ring.tables[0]
     if d.census.stories.deposits.node_in_table:
-        d.write(table, bytes(8), physical=True)
+        d.write(physical_to_virtual(d.prog, table), bytes(8))
     else:
         index = d.census.index_of_pfn(table // d.paging.page_bytes)
         assert index is not None

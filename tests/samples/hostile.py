@@ -16,7 +16,7 @@ import struct
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,7 @@ def flips(sample: str, prog: Program, seeds: range) -> Iterator[Outcome]:
         yield flip(prog, overlay, places, sample, seed)
 
 
-def truncations(sample: str, seeds: range) -> Iterator[Outcome]:
+def truncations(sample: str, seeds: Iterable[int]) -> Iterator[Outcome]:
     """
     Cut a sample's dump short, each time at another place.
 

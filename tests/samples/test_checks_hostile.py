@@ -17,6 +17,9 @@ from ptinspect.checks import run_checks
 
 FLIPS, TRUNCATIONS = 40, 9
 
+#: Truncations that went wrong once. s390x-6.12: of no typed page was left anything.
+ONCE_BAD = {"s390x-6.12": (5069,)}
+
 
 def test_flipped_bits(sample: Sample) -> None:
     before = {(f.invariant, f.address) for f in run_checks(sample.prog).findings}
@@ -29,7 +32,8 @@ def test_flipped_bits(sample: Sample) -> None:
 
 def test_dumps_that_lack_memory(sample: Sample) -> None:
     """What is missing is no finding."""
-    outcomes = list(truncations(sample.name, range(TRUNCATIONS)))
-    assert len(outcomes) == TRUNCATIONS
+    seeds = (*range(TRUNCATIONS), *ONCE_BAD.get(sample.name, ()))
+    outcomes = list(truncations(sample.name, seeds))
+    assert len(outcomes) == len(seeds)
     assert [(o.seed, o.what, o.problem) for o in outcomes if o.problem] == []
     assert [(o.seed, o.what) for o in outcomes if o.verdict == "findings"] == []
