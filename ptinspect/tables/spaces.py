@@ -25,7 +25,7 @@ from ptinspect.kernel.descriptor import byte_order, ptdesc_type
 from ptinspect.kernel.paging import MmFields, Paging, Root, paging_of
 from ptinspect.kernel.paging.model import object_or_none
 from ptinspect.lists import walk_both_ways, walk_list, walk_list_at
-from ptinspect.memory import AddressArray, read_blocks
+from ptinspect.memory import AddressArray, BoolArray, read_blocks
 from ptinspect.tables.slabs import SlabPages, slab_objects
 
 #: task_struct.flags (include/linux/sched.h)
@@ -394,6 +394,10 @@ class _Finder:
         addresses = np.array(sorted(self._found), np.uint64)
         mms = _MmMembers(self._prog).read(addresses)
         physical = self._direct_map_to_physical(mms["pgd"])
+        unfinished = np.zeros(len(addresses), np.bool_)
+        if self._paging.architecture == "s390x":
+            owned = np.isin(addresses, np.array(list(self._tasks), np.uint64))
+            unfinished = unfinished_roots(mms["asce"].astype(np.uint64), physical, owned)
         for row, address in enumerate(addresses.tolist()):
             found = tuple(self._found[address])
             if not mms.readable[row]:
@@ -401,6 +405,8 @@ class _Finder:
                 continue
             if int(mms["mm_count"][row]) <= 0 or not int(mms["pgd"][row]):
                 # Its last user is gone; the tables are, too.
+                continue
+            if unfinished[row]:
                 continue
             fields = MmFields(
                 address, int(physical[row]), int(mms["asce"][row]), bool(mms["ldt"][row])
@@ -428,6 +434,22 @@ class _Finder:
         offset = int(known[0]) - self._paging.virtual_to_physical(self._prog, int(known[0]))
         physical: AddressArray = addresses - np.uint64(offset & ((1 << 64) - 1))
         return physical
+
+
+def unfinished_roots(asce: AddressArray, pgd: AddressArray, owned: BoolArray) -> BoolArray:
+    """
+    Tell which mms of s390 are being made, and have a root that holds anything.
+
+    mm_init() (kernel/fork.c) gives a new mm its pgd, in which is what was there before, and then
+    has init_new_context() fill it and set the ASCE. Until then that is the parent's, or 0.
+
+    :param asce: uint64, ``context.asce`` of each mm.
+    :param pgd: uint64, physical address of the root of each.
+    :param owned: bool, whether a task has it.
+    """
+    origin = asce & ~np.uint64(0xFFF)
+    unfinished: BoolArray = ~owned & (origin != pgd) & ((asce == 0) | np.isin(origin, pgd[owned]))
+    return unfinished
 
 
 class _Members:

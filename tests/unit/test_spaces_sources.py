@@ -217,9 +217,13 @@ def test_mms_of_pgd_list(kernel: Kernel) -> None:
 def test_broken_lists_leave_notes_and_what_came_before(kernel: Kernel) -> None:
     first = kernel.mm(DIRECT + 0x20000, 0x21000)
     second = kernel.mm(DIRECT + 0x22000, 0x23000)
+    third = kernel.mm(DIRECT + 0x26000, 0x27000)
     kernel.pgd(FIRST_PFN + 3, first)
     kernel.pgd(FIRST_PFN + 5, second)
+    kernel.pgd(FIRST_PFN + 7, third)
+    # On from the first, and back from the last: the one between is lost.
     kernel.mock.put(FIRST_PFN + 3, 8, 0xDEAD000000000100, 8)
+    kernel.mock.put(FIRST_PFN + 7, 16, 0xDEAD000000000122, 8)
     mm = kernel.mm(DIRECT + 0x24000, 0x25000)
     kernel.task(DIRECT + 0x30000, 7, "seen", mm)
     kernel.put(DIRECT + 0x30000 + TASK["tasks"], 0)
@@ -227,6 +231,7 @@ def test_broken_lists_leave_notes_and_what_came_before(kernel: Kernel) -> None:
     assert {note.source for note in found.notes} == {"tasks", "pgd_list"}
     assert found.of_mm(first) is not None
     assert found.of_mm(second) is None
+    assert found.of_mm(third) is not None
     assert found.of_pid(7) is not None
 
 
@@ -314,3 +319,15 @@ def test_s390_roots_come_from_the_asce() -> None:
     prog = Kernel().prog
     fields = MmFields(0, 0, 0x7_4000 | 0x7, False)
     assert paging.user_root(prog, fields) == Root(0x7_4000, 2, ((0, 2048),))
+
+
+def test_roots_of_s390_that_hold_anything_yet() -> None:
+    """A copy has its parent's ASCE, a new mm none, until its root is filled."""
+    pgd = np.array([0x10000, 0x14000, 0x18000, 0x1C000, 0x20000, 0x24000], np.uint64)
+    asce = np.array([0x10007, 0x10007, 0x7, 0x1C007, 0x28007, 0x14007], np.uint64)
+    asce[2] = 0
+    owned = np.array([True, False, False, False, False, True])
+    # The parent; its copy; one that is made from nothing; one without a task; a wrong ASCE; a
+    # process with another's ASCE: those are for s390-asce-root.
+    found = spaces_module.unfinished_roots(asce, pgd, owned)
+    assert found.tolist() == [False, True, True, False, False, False]
