@@ -55,6 +55,13 @@ class Row:
     append: str = ""
     kinds: tuple[str, ...] = ("qmp", "elf", "kdump", "tests")
     memory: int = 1024
+    #: QEMU's name of a CPU that can less than the one that guests have otherwise.
+    cpu: str = ""
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """QEMU options."""
+        return ("-cpu", self.cpu) if self.cpu else ()
 
     def __str__(self) -> str:
         return f"{self.arch} {self.name}"
@@ -91,7 +98,17 @@ ROWS = (
     Row("Debian 6.1", "aarch64", "bookworm", "6.1"),
     Row("Debian 6.12", "aarch64", "trixie", "6.12"),
     Row("Debian 7.2", "aarch64", "forky", "7.2", kinds=(*_DUMPS, "live", "tests")),
+    Row("Debian 7.2, kpti=on", "aarch64", "forky", "7.2", append="kpti=on"),
     Row("Debian 7.2, 16K pages", "aarch64", "forky", "7.2", "arm64-16k"),
+    # Without 52-bit addresses in the machine, such kernels leave out a level.
+    Row(
+        "Debian 7.2, 16K pages, cortex-a76",
+        "aarch64",
+        "forky",
+        "7.2",
+        "arm64-16k",
+        cpu="cortex-a76",
+    ),
     Row("Debian 7.3", "aarch64", "trixie-backports", "7.3"),
     Row("Debian 7.3, 16K pages", "aarch64", "trixie-backports", "7.3", "arm64-16k"),
     Row("small 7.3, 52 bits, 16K pages", "aarch64", recipe="aarch64-7.3-16k"),
@@ -186,8 +203,13 @@ def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tup
         initrd = workload_initramfs(kernel.arch, kernel.modules, folder / "initramfs")
 
         def make() -> Guest:
-            options = {"memory": row.memory, "smp": "2", "append": f"{_WORKLOAD} {row.append}"}
-            return Guest(kernel.arch, kernel.image, initrd, **options)  # type: ignore[arg-type]
+            return Guest(
+                *(kernel.arch, kernel.image, initrd),
+                memory=row.memory,
+                smp="2",
+                append=f"{_WORKLOAD} {row.append}",
+                extra=row.extra,
+            )
 
         with booted(make, "@@ready", timeout=900) as guest:
             yield from judge_guest(kernel, guest, kinds, folder)

@@ -53,6 +53,8 @@ class Stock(NamedTuple):
     append: str = ""
     #: What Debian appends to the release, where it is not the plain kernel.
     flavour: str | None = None
+    #: QEMU options.
+    extra: tuple[str, ...] = ()
 
     def kernel(self) -> Kernel:
         """Get the kernel."""
@@ -117,6 +119,7 @@ def resting_guest(stock: Stock | Row) -> Iterator[Running]:
             memory=stock.memory,
             smp="2",
             append=stock.append,
+            extra=stock.extra,
             stub=True,
         )
 

@@ -110,9 +110,31 @@ class Arm64Paging(Paging):
 
     def kernel_root(self, prog: Program) -> Root:
         """Get the table of TTBR1, ``swapper_pg_dir``."""
-        pgd = self.virtual_to_physical(prog, prog["init_mm"].pgd.value_())
-        base = (1 << 64) - (1 << self.va_bits)
-        return replace(self.whole_root(prog, pgd), base=base)
+        return self._upper_root(prog, prog["init_mm"].pgd.value_())
+
+    def isolated_root(self, prog: Program, mm: MmFields) -> Root | None:
+        """
+        Get what TTBR1 has in user mode, ``tramp_pg_dir``: one for all, which maps the way in.
+
+        It is empty unless the kernel is unmapped in user mode (map_entry_trampoline() in
+        arch/arm64/mm/mmu.c). 6.12 leaves its tables untyped, 7.2 does not.
+        """
+        if mm.address != prog["init_mm"].address_of_().value_():
+            return None
+        try:
+            root = self._upper_root(prog, prog.symbol("tramp_pg_dir").address)
+        except LookupError:
+            # Without CONFIG_UNMAP_KERNEL_AT_EL0.
+            return None
+        try:
+            entries = prog.read(root.address, self.levels[root.level].table_bytes, True)
+        except FaultError:
+            return None
+        return root if any(entries) else None
+
+    def _upper_root(self, prog: Program, pgd: int) -> Root:
+        root = self.whole_root(prog, self.virtual_to_physical(prog, pgd))
+        return replace(root, base=(1 << 64) - (1 << self.va_bits))
 
 
 def make_paging(
