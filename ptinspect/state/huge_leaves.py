@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from ptinspect.tables.walk import RowState, Tables
 #: Bit 0 of ``mapping``: an anonymous page (include/linux/page-flags.h).
 _MAPPING_ANON = np.uint64(1)
 
-#: Entries that stand for a huge page. The last two can only be told by their swap entry.
+#: Entries that stand for a huge page; the last two name it as the offset of a swap entry.
 _PRESENT = (EntryClass.LEAF, EntryClass.PROT_NONE)
 _MOVING = (EntryClass.MIGRATION, EntryClass.SPECIAL)
 
@@ -66,7 +66,10 @@ def read_huge_leaves(prog: Program, tables: Tables, pmds: PmdTables) -> HugeLeav
     zero = present & (found.pfn == np.uint64(_huge_zero_pfn(prog)))
     kind[zero] = HugePage.ZERO
     others = np.flatnonzero(present & ~zero)
-    kind[others] = _page_kinds(prog, found.pfn[others])
+    kind[others] = _page_kinds(prog, found.pfn[others], HugePage.OTHER)
+    # What is being moved, device memory, a broken page of hugetlb: the swap entry names the page.
+    moving = np.flatnonzero(~present & found.known)
+    kind[moving] = _page_kinds(prog, found.pfn[moving], HugePage.UNDECIDED)
     mappings = Mappings(prog)
     rows = pmds.rows[found.table]
     for place in np.flatnonzero(zero).tolist():
@@ -86,8 +89,9 @@ def read_huge_leaves(prog: Program, tables: Tables, pmds: PmdTables) -> HugeLeav
 class _Entries(NamedTuple):
     table: npt.NDArray[np.intp]
     va: AddressArray
-    #: Page frame of present entries.
+    #: Page frame, where *known*.
     pfn: npt.NDArray[np.uint64]
+    known: BoolArray
     entry_class: npt.NDArray[np.uint8]
     unreadable_tables: int
 
@@ -102,7 +106,7 @@ def _entries(prog: Program, tables: Tables, pmds: PmdTables) -> _Entries:
     wanted = wanted[np.argsort(tables.address[pmds.rows[wanted]], kind="stable")]
     addresses = tables.address[pmds.rows[wanted]]
     unreadable = int(np.count_nonzero(tables.state[pmds.rows] == RowState.UNREADABLE))
-    parts: list[tuple[npt.NDArray[np.intp], AddressArray, AddressArray, npt.NDArray[np.uint8]]] = []
+    parts: list[tuple[Any, ...]] = []
     for batch in iter_blocks(prog, addresses, level.table_bytes):
         here = wanted[batch.first : batch.first + len(batch.data)]
         raw = raw_entries(batch.data)
@@ -114,16 +118,21 @@ def _entries(prog: Program, tables: Tables, pmds: PmdTables) -> _Entries:
         slot, values = entries.slot[keep], entries.value[keep]
         table = here[entries.row[keep]]
         va = tables.va[pmds.rows[table]] + (slot.astype(np.uint64) << np.uint64(level.shift))
-        target = paging.leaf_targets(values, PMD_LEVEL, slot)
+        kind = entries.kind[keep]
+        target, known = paging.leaf_targets(values, PMD_LEVEL, slot), np.isin(kind, _PRESENT)
+        moved = paging.swap_targets(values, PMD_LEVEL)
+        if moved is not None:
+            target, known = np.where(known, target, moved), np.ones(len(known), np.bool_)
         pfn = target // np.uint64(paging.page_bytes)
-        parts.append((table, paging.canonical(va), pfn, entries.kind[keep]))
+        parts.append((table, paging.canonical(va), pfn, known, kind))
     if not parts:
         nothing = np.empty(0, np.uint64)
-        parts.append((np.empty(0, np.intp), nothing, nothing, np.empty(0, np.uint8)))
-    table, va, pfn, kind = (np.concatenate(column) for column in zip(*parts))
+        none = np.empty(0, np.bool_)
+        parts.append((np.empty(0, np.intp), nothing, nothing, none, np.empty(0, np.uint8)))
+    table, va, pfn, known, kind = (np.concatenate(column) for column in zip(*parts))
     # In order of address, so that neighbours are in the same mapping.
     order = np.lexsort((va, tables.space[pmds.rows[table]]))
-    return _Entries(table[order], va[order], pfn[order], kind[order], unreadable)
+    return _Entries(table[order], va[order], pfn[order], known[order], kind[order], unreadable)
 
 
 def _huge_zero_pfn(prog: Program) -> int:
@@ -135,12 +144,18 @@ def _huge_zero_pfn(prog: Program) -> int:
         return (1 << 64) - 1
 
 
-def _page_kinds(prog: Program, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-    """Tell anonymous pages from others: uint8 of :class:`HugePage`."""
-    kinds = np.full(len(pfns), HugePage.OTHER, np.uint8)
+def _page_kinds(
+    prog: Program, pfns: npt.NDArray[np.uint64], without: HugePage
+) -> npt.NDArray[np.uint8]:
+    """
+    Tell anonymous pages from others: uint8 of :class:`HugePage`.
+
+    :param without: What an entry is whose page has no struct page. A frame buffer has no deposit;
+        what is being moved has a page.
+    """
+    kinds = np.full(len(pfns), without, np.uint8)
     memmap = Memmap(prog)
     addresses, known = memmap.addresses(pfns)
-    # What has no struct page (a frame buffer) has no deposit either.
     here = np.flatnonzero(known)
     addresses = addresses[here]
     pages, readable = _struct_pages(prog, addresses)
@@ -161,6 +176,7 @@ def _page_kinds(prog: Program, pfns: npt.NDArray[np.uint64]) -> npt.NDArray[np.u
     if _types_hugetlb(prog):
         hugetlb = np.uint32(prog.constant("PGTY_hugetlb").value_())
         anonymous &= pages["page_type"] >> np.uint32(24) != hugetlb
+    kinds[here] = HugePage.OTHER
     kinds[here[anonymous]] = HugePage.ANONYMOUS
     kinds[here[~readable]] = HugePage.UNDECIDED
     return kinds

@@ -20,7 +20,7 @@ from test_walk import deposits, walked
 from ptinspect import for_each_deposited_pgtable, page_ptdesc, ptdesc_member, virt_to_ptdesc
 from ptinspect.census import Holder, take_census
 from ptinspect.faces.deposits import deposits_report
-from ptinspect.kernel.paging import EntryClass
+from ptinspect.kernel.paging import EntryClass, Paging
 from ptinspect.listing import Listing
 from ptinspect.lists import BreakReason
 from ptinspect.state.deposits import DepositRing, Deposits
@@ -267,6 +267,8 @@ class Leaf(NamedTuple):
     va: int
     #: Page frame.
     pfn: int
+    #: Physical address of the entry.
+    entry: int
 
 
 def leaves(sample: Sample, ring: DepositRing) -> list[Leaf]:
@@ -281,7 +283,7 @@ def leaves(sample: Sample, ring: DepositRing) -> list[Leaf]:
         targets = tables.paging.leaf_targets(values[slots], 1, slots)
         for slot, target in zip(slots.tolist(), targets.tolist()):
             va = int(tables.va[row]) + (slot << level.shift)
-            found.append(Leaf(va, target // tables.paging.page_bytes))
+            found.append(Leaf(va, target // tables.paging.page_bytes, table + 8 * slot))
     return found
 
 
@@ -314,6 +316,41 @@ def test_pages_of_files_and_of_hugetlb_need_no_deposit(sample: Sample, ring: Dep
     else:
         with overlay.value_of(page.page_type, hugetlb):
             assert needed(sample, ring) == (ring.needed - 1, 0)
+
+
+def moving_entry(paging: Paging, pfn: int) -> int | None:
+    """
+    Make a migration entry as __swp_entry() does, of a page that was young and dirty.
+
+    :return: ``None`` where the offset is not known.
+    """
+    kind = paging.swap_classes.index(EntryClass.MIGRATION)
+    bits = {"x86_64": 52 if len(paging.levels) == 5 else 46, "arm64": 48}.get(paging.architecture)
+    if bits is None:
+        return None
+    offset = pfn | 3 << (bits - 12)
+    every = (1 << 64) - 1
+    if paging.architecture == "x86_64":
+        return kind << 59 | ((~offset << 14) & every) >> 5
+    return kind << 6 | offset << 12
+
+
+def test_pages_that_are_being_moved(sample: Sample, ring: DepositRing) -> None:
+    """Their entries name the page as those that are mapped do: it tells whether it is anonymous."""
+    prog, paging = sample.prog, walked(sample).paging
+    leaf = next(a for a in leaves(sample, ring) if a.pfn != prog["huge_zero_pfn"].value_())
+    page = pfn_to_page(prog, leaf.pfn)
+    entry, nowhere = (moving_entry(paging, pfn) for pfn in (leaf.pfn, 0x3FFFFFF00))
+    if entry is None or nowhere is None:
+        pytest.skip("here it is not known where swap entries have the page")
+    assert paging.classify(np.array([entry], np.uint64), 1)[0] == EntryClass.MIGRATION
+    overlay = Overlay(prog)
+    with overlay.bytes_at(leaf.entry, entry.to_bytes(8, "little"), physical=True):
+        assert needed(sample, ring) == (ring.needed, 0)
+        with overlay.value_of(page.mapping, page.mapping.value_() & ~1):
+            assert needed(sample, ring) == (ring.needed - 1, 0)
+    with overlay.bytes_at(leaf.entry, nowhere.to_bytes(8, "little"), physical=True):
+        assert needed(sample, ring) == (ring.needed - 1, 1)
 
 
 def test_the_huge_zero_page_needs_none_in_a_dax_mapping(sample: Sample, ring: DepositRing) -> None:

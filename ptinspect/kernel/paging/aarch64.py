@@ -33,7 +33,7 @@ from ptinspect.kernel.paging.model import (
     SwapClasses,
     object_or_none,
 )
-from ptinspect.kernel.paging.swap import swap_classes
+from ptinspect.kernel.paging.swap import swap_address, swap_classes
 from ptinspect.kernel.paging.vmcoreinfo import number
 
 VALID = 1 << 0
@@ -144,6 +144,7 @@ def make_paging(
     lpa2: bool = False,
     present_invalid: int = PRESENT_INVALID,
     swap: SwapClasses = PLAIN_SWAP,
+    physmem_bits: int = 0,
 ) -> Arm64Paging:
     """
     Build the paging of one arm64 mode from its numbers.
@@ -151,10 +152,13 @@ def make_paging(
     :param va_bits: What the root tables are laid out for.
     :param lpa2: Whether 4K and 16K entries have 52-bit addresses.
     :param present_invalid: The bit of an entry that is present but not valid.
+    :param physmem_bits: MAX_PHYSMEM_BITS; 0 if that is not known.
     """
     per_level = page_shift - 3
     count = -(-(va_bits - page_shift) // per_level)
     address = _address_fields(page_shift, lpa2)
+    # __SWP_TYPE_SHIFT and __SWP_OFFSET_SHIFT moved together with the bit.
+    old = present_invalid == OLD_PROT_NONE
     levels = []
     for number_, name in enumerate(_NAMES[count]):
         shift = page_shift + per_level * number_
@@ -172,7 +176,8 @@ def make_paging(
                 leaf_address=(AddressField(address[0].mask & keep), *address[1:]),
                 table_permissions=_TABLE_PERMISSIONS,
                 leaf_permissions=_LEAF_PERMISSIONS,
-                swap_type_shift=3 if present_invalid == OLD_PROT_NONE else 6,
+                swap_type_shift=3 if old else 6,
+                swap_address=swap_address(8 if old else 12, page_shift, physmem_bits),
                 contiguous=(_CONTIGUOUS[page_shift][number_], CONT) if number_ < 2 else None,
             )
         )
@@ -235,6 +240,7 @@ def read_paging(prog: Program) -> Arm64Paging:
         lpa2=page_shift != 16 and va_bits == 52,
         present_invalid=_present_invalid(prog),
         swap=swap_classes(prog),
+        physmem_bits=number(prog, "MAX_PHYSMEM_BITS", 0),
     )
 
 

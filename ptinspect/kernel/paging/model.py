@@ -132,6 +132,9 @@ class Level:
     leaf_permissions: tuple[PermissionRule, ...] = ()
     #: Bit at which a swap-like entry has its swap type.
     swap_type_shift: int = 0
+    #: Where a swap-like entry that stands for a page has its physical address; empty if that is not
+    #: known here.
+    swap_address: tuple[AddressField, ...] = ()
     #: Leaves of kernel tables that the hardware does not see. In user tables they are only old.
     kernel_hidden: Match | None = None
     #: Consecutive entries that one contiguous hint joins, and the bit of the hint.
@@ -283,6 +286,17 @@ class Paging:
         :param index: Position of each entry in its table.
         """
         return gather(values, self.levels[level].leaf_address)
+
+    def swap_targets(self, values: EntryArray, level: int) -> EntryArray | None:
+        """
+        Get the physical addresses of the pages that MIGRATION and SPECIAL entries stand for.
+
+        Source: swp_offset_pfn() in include/linux/swapops.h (leafops.h in 7.x).
+
+        :return: ``None`` if it is not known where this architecture keeps them.
+        """
+        fields = self.levels[level].swap_address
+        return gather(values, fields) if fields else None
 
     def leaf_patterns(self, address: int, level: int) -> tuple[Match, ...]:
         """

@@ -11,7 +11,12 @@ from __future__ import annotations
 
 from drgn import Architecture, Program
 
-from ptinspect.kernel.paging.model import EntryClass, SwapClasses, object_or_none
+from ptinspect.kernel.paging.model import (
+    AddressField,
+    EntryClass,
+    SwapClasses,
+    object_or_none,
+)
 
 #: 1 << MAX_SWAPFILES_SHIFT
 _TYPES = 32
@@ -47,6 +52,22 @@ def swap_classes(prog: Program) -> SwapClasses:
         + (EntryClass.SPECIAL,) * device
         + (EntryClass.MARKER,) * max(0, markers)
     )
+
+
+def swap_address(offset_shift: int, page_shift: int, physmem_bits: int) -> tuple[AddressField, ...]:
+    """
+    Get where entries that stand for a page have its address.
+
+    The swap offset is the page frame, and above SWP_PFN_BITS whether the page is young and dirty
+    (include/linux/swapops.h).
+
+    :param offset_shift: Bit of the entry at which the swap offset begins.
+    :param physmem_bits: MAX_PHYSMEM_BITS; 0 if that is not known.
+    """
+    if not physmem_bits:
+        return ()
+    mask = ((1 << (physmem_bits - page_shift)) - 1) << offset_shift
+    return (AddressField(mask, page_shift - offset_shift),)
 
 
 def _max_swapfiles(prog: Program) -> int | None:

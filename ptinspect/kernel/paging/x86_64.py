@@ -35,7 +35,7 @@ from ptinspect.kernel.paging.model import (
     SwapClasses,
     object_or_none,
 )
-from ptinspect.kernel.paging.swap import swap_classes
+from ptinspect.kernel.paging.swap import swap_address, swap_classes
 from ptinspect.kernel.paging.vmcoreinfo import number
 
 PAGE_BYTES = 4096
@@ -92,6 +92,8 @@ _ATTRIBUTES = (
 )
 
 _SWAP_TYPE_SHIFT = 59
+#: SWP_OFFSET_FIRST_BIT
+_SWAP_OFFSET_SHIFT = 9
 
 #: First entry of the kernel half of a root table (KERNEL_PGD_BOUNDARY).
 _KERNEL_HALF = ENTRIES // 2
@@ -121,6 +123,10 @@ class X86Paging(Paging):
         """
         hidden = (values & np.uint64(PRESENT)) == 0
         return super().leaf_targets(np.where(hidden, ~values, values), level, index)
+
+    def swap_targets(self, values: EntryArray, level: int) -> EntryArray | None:
+        """Get the pages of swap-like entries, which store the offset inverted (__swp_offset())."""
+        return super().swap_targets(~values, level)
 
     def leaf_patterns(self, address: int, level: int) -> tuple[Match, ...]:
         """Get the plain and the inverted pattern of an address."""
@@ -158,8 +164,13 @@ def make_paging(
     physical_mask: int = (1 << 52) - 1,
     isolated: bool = False,
     swap: SwapClasses = PLAIN_SWAP,
+    physmem_bits: int = 0,
 ) -> X86Paging:
-    """Build the paging of one x86_64 mode from its numbers."""
+    """
+    Build the paging of one x86_64 mode from its numbers.
+
+    :param physmem_bits: MAX_PHYSMEM_BITS; 0 if that is not known.
+    """
     names = ["PTE", "PMD", "PUD", "P4D", "PGD"] if five_levels else ["PTE", "PMD", "PUD", "PGD"]
     own_names = ["PT", "PD", "PDPT", "PML4", "PML5"]
     address = physical_mask & ADDRESS_BITS
@@ -180,6 +191,7 @@ def make_paging(
                 table_permissions=_PERMISSIONS,
                 leaf_permissions=_PERMISSIONS,
                 swap_type_shift=_SWAP_TYPE_SHIFT,
+                swap_address=swap_address(_SWAP_OFFSET_SHIFT, 12, physmem_bits),
             )
         )
     return X86Paging(
@@ -202,6 +214,7 @@ def read_paging(prog: Program) -> X86Paging:
         physical_mask=_physical_mask(prog),
         isolated=_isolated(prog),
         swap=swap_classes(prog),
+        physmem_bits=number(prog, "MAX_PHYSMEM_BITS", 0),
     )
 
 
