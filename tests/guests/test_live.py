@@ -19,19 +19,23 @@ from lab.archive import ArchiveUnreachableError
 from lab.errors import MissingToolError
 from lab.kernels import debian_kernel
 from lab.live import LiveAnswers, look_inside
+from lab.matrix import moving_pages
 
 pytestmark = pytest.mark.guest
 
 KERNELS = (
     Stock("trixie", "x86_64", "6.12"),
     Stock("bookworm-backports", "s390x", "6.12"),
+    Stock("bookworm-backports", "ppc64le", "6.12", flavour="powerpc64le-64k"),
 )
 
-#: These take several minutes each: loading vmlinux does, on a machine that is emulated.
+#: These take minutes each: loading vmlinux does, on a machine that is emulated.
 SLOW_KERNELS = (
     Stock("forky", "aarch64", "7.2"),
     Stock("bookworm-backports", "ppc64le", "6.12"),
-    Stock("bookworm-backports", "ppc64le", "6.12", flavour="powerpc64le-64k"),
+    Stock("bookworm", "s390x", "6.1"),
+    Stock("bookworm", "x86_64", "6.1"),
+    Stock("forky", "x86_64", "7.2"),
 )
 
 if os.environ.get("PTINSPECT_LIVE") == "all":
@@ -49,8 +53,9 @@ LINES = (
     "ptlocks --format json",
 )
 
-#: The command itself, which loads vmlinux once more.
+#: The command itself, which loads vmlinux once more: where that does not take long.
 SUMMARY = ("python3", "-m", "ptinspect", "summary", "--format", "json")
+COMMAND_KERNELS = KERNELS[:2]
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=str)
@@ -58,7 +63,7 @@ def live(request: pytest.FixtureRequest) -> LiveAnswers:
     stock = request.param
     try:
         kernel = debian_kernel(stock.suite, stock.architecture, stock.series, stock.flavour)
-        questions = [("drgn", *LINES), *([] if stock in SLOW_KERNELS else [SUMMARY])]
+        questions = [("drgn", *LINES), *([SUMMARY] if stock in COMMAND_KERNELS else [])]
         answers = look_inside(stock.suite, kernel, questions, timeout=3600)
     except (MissingToolError, ArchiveUnreachableError) as error:
         pytest.skip(str(error))
@@ -102,11 +107,12 @@ def test_summary_against_vmstat(live: LiveAnswers) -> None:
         assert answer["target"] == "/proc/kcore"
         assert tables["seen"]["struct_pages_unreadable"] == 0
         typed = tables["accounting"]["typed_pages_as_counted"]
-        assert abs(typed - tables["accounting"]["nr_pagetable_exact"]) <= 64
+        exact = tables["accounting"]["nr_pagetable_exact"]
+        assert abs(typed - exact) <= moving_pages(exact)
         # Before and after it the program itself was not there, which has some hundred tables.
         before, after = (told[when]["nr_page_table_pages"] for when in ("before", "after"))
-        assert before == pytest.approx(after, abs=64)
-        assert before < typed <= told["most_page_table_pages"] + 64
+        assert abs(before - after) <= moving_pages(before)
+        assert before < typed <= told["most_page_table_pages"] + moving_pages(before)
 
 
 def test_tables_of_resting_processes(live: LiveAnswers) -> None:
