@@ -23,6 +23,7 @@ from lab.matrix import KINDS, run_matrix, write_document
 from lab.run import say
 from lab.shrink import shrink, verify
 from lab.silence import LOAD_MODULES, silence
+from lab.trace import MODES, run_loads, run_session, trace_lines
 from lab.truth import parse_report
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -226,6 +227,29 @@ def crash_command(suite: str, arch: str, series: str, folder: Path, level: int) 
     crash(suite, kernel, {"vmcore": ["-l", "-d", str(level)]}, folder)
     click.echo(f"vmcore  {folder / 'vmcore'}")
     click.echo(f"vmlinux {kernel.vmlinux}")
+
+
+@commands.command("trace")
+@click.argument("suite")
+@click.argument("arch")
+@click.argument("series")
+@click.option("--tables", default=100_000, show_default=True, help="PTE tables of the large load.")
+@click.option("--debug", is_flag=True, help="Take a census too: the guest gets the debug file.")
+@click.option("--costs", is_flag=True, help="Instead: filters, the live view, and what it costs.")
+@click.option("--record", type=_NEW, required=True, help="Gets all that was said, as JSON.")
+def trace_command(
+    suite: str, arch: str, series: str, tables: int, debug: bool, costs: bool, record: Path
+) -> None:
+    """Trace loads in a Debian kernel, beside what the kernel says of them itself."""
+    kernel = debian_kernel(suite, arch, series)
+    if costs:
+        said = run_session(kernel, MODES, [])
+    else:
+        options = ["--census", "--events"] if debug else []
+        said = run_loads(suite, kernel, tables, debug=debug, options=options)
+    record.write_text(json.dumps(said, indent=1))
+    for line in trace_lines(said):
+        click.echo(line)
 
 
 @commands.command()

@@ -1,11 +1,14 @@
 # Copyright (c) the ptinspect authors
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """
-Runs inside a guest: one trace over many small loads, each of which uses page tables in its own way.
+Runs inside a guest: one trace over a large load, and over many small ones, each of which uses page
+tables in its own way.
 
-Each load is a process with a name of its own, so that the trace's rows tell them apart. What the
-kernel itself says (VmPTE, AnonHugePages, vmstat) is noted beside each. At the end a module leaks a
-table and holds RCU up, and the running kernel is asked about its orphans, if it has a debug file.
+The large load's VmPTE is read while it holds its tables, all of which it made under the trace.
+Each small load is a process with a name of its own, so that the trace's rows tell them apart; what
+the kernel itself says (VmPTE, AnonHugePages, vmstat) is noted beside. At the end, if the module is
+there, it leaks a table and holds RCU up, and if the kernel's debug file is there, the running
+kernel is asked about its orphans.
 """
 
 from __future__ import annotations
@@ -263,6 +266,50 @@ def leak() -> dict[str, Any]:
     return {"error": provoke(f"what=leak addr={start:#x}"), "va": start}
 
 
+def hold(tables: int) -> None:
+    """A program of its own: a table for each span, and word when they are there."""
+    start = map_memory(tables * SPAN)
+    advise(start, tables * SPAN, NOHUGEPAGE)
+    touch(start, tables * SPAN)
+    print("held", flush=True)
+    sys.stdin.readline()
+
+
+def large(tables: int) -> dict[str, Any]:
+    """Hold that many tables until a reading of the trace has them."""
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--hold", str(tables)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    begun = time.monotonic()
+    assert child.stdout.readline() == "held\n"
+    seconds = round(time.monotonic() - begun, 2)
+    kib = status("VmPTE", f"/proc/{child.pid}/status")
+    rows = held_by(child.pid, time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    assert status("VmPTE", f"/proc/{child.pid}/status") == kib
+    child.communicate("\n")
+    return {"pid": child.pid, "vm_pte_kib": kib, "seconds": seconds, "rows": rows}
+
+
+def held_by(pid: int, after: int) -> list[dict[str, Any]]:
+    """Get a process's rows in the first reading that was begun after a moment."""
+    place = 0
+    while True:
+        with RECORD.open() as record:
+            record.seek(place)
+            for line in iter(record.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                place = record.tell()
+                said = json.loads(line)
+                if said["kind"] == "reading" and said["nsecs"] > after:
+                    return [row for row in said["processes"] if row["pid"] == pid]
+        time.sleep(0.2)
+
+
 LOADS: list[Callable[[], dict[str, Any]]] = [
     fault, fork, execute, large_exit, move, huge_pages, collapse, collapse_file, hugetlb, reclaim,
 ]  # fmt: skip
@@ -302,14 +349,17 @@ def run(load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def held_up(seconds: int) -> Iterator[None]:
-    """Hold RCU up in another process."""
+def rcu_held_up() -> Iterator[None]:
+    """Hold RCU up in another process as long as the block runs, two minutes at most."""
     pid = os.fork()
     if not pid:
         name_this("w-stall")
-        os._exit(provoke(f"what=stall ms={seconds * 1000}") & 0x7F)
-    time.sleep(1)
+        os._exit(provoke("what=stall ms=120000") & 0x7F)
+    while b"ptprovoke: holds RCU up" not in subprocess.check_output(["dmesg"]):
+        time.sleep(0.2)
+    time.sleep(0.5)
     yield
+    os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
@@ -333,56 +383,83 @@ def progress(text: str) -> None:
     print(f"@@at {text} {time.monotonic():.0f}", flush=True)
 
 
+def question(*words: str) -> dict[str, Any]:
+    """Ask a question that needs the record of the trace."""
+    return ask(*words, "--trace", str(RECORD))
+
+
 def main() -> None:
     """Trace the loads; print all that was found in lines of JSON."""
-    said: dict[str, Any] = {"release": platform.release(), "loads": {}}
+    tables, *options = sys.argv[1:]
+    said: dict[str, Any] = {"release": platform.release(), "loads": {}, "asked": []}
     debug, module = DEBUG.exists(), MODULE.exists()
-    with RECORD.open("w") as record:
+    command = ["trace", "--format", "jsonl", "--stacks", "--leaks", "2s"]
+    command += ["--top", "1000", "--interval", "2"]
+    with RECORD.open("w") as record, ERRORS.open("w") as errors:
         trace = subprocess.Popen(
-            [sys.executable, "-m", "ptinspect", "trace", "--format", "jsonl", "--stacks", "--leaks",
-             "2s", "--top", "400", "--interval", "2", *sys.argv[1:]],
-            stdout=record, stderr=ERRORS.open("w"), text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "ptinspect", *command, *options], stdout=record, stderr=errors
+        )
     begun = time.monotonic()
     while not RECORD.stat().st_size and trace.poll() is None:
         time.sleep(0.2)
     said["attach_seconds"] = round(time.monotonic() - begun, 1)
-    progress("loads")
-    for load in LOADS:
-        said["loads"][load.__name__] = run(load)
-        time.sleep(0.3)
-    if module:
-        said["loads"]["kernel_tables"] = run(kernel_tables)
-        said["loads"]["leak"] = run(leak)
-        time.sleep(4)
-    if debug:
-        progress("questions")
-        said["asked"] = [
-            ask("list", "--orphan", "--trace", str(RECORD), "--format", "json"),
-            ask("check", "--only", "typed-reachability", "--trace", str(RECORD)),
-        ]
-    if module:
-        progress("stall")
-        with held_up(20):
-            said["loads"]["held"] = run(fault)
-            said["loads"]["held_shmem"] = run(collapse_file) if not debug else {}
-            time.sleep(5)
-            trace.send_signal(signal.SIGINT)
-            if debug:
-                # The trace takes its census while RCU is held up.
-                trace.wait()
-    trace.send_signal(signal.SIGINT)
+    if trace.poll() is None:
+        run_loads(said, int(tables), trace, debug=debug, module=module)
     said["status"] = trace.wait()
     progress("ended")
     said["errors"] = ERRORS.read_text()[-2000:]
     lines = RECORD.read_text().splitlines()
+    said["lines"] = len(lines)
     said["summary"] = json.loads(lines[-1]) if lines else {}
     if debug:
-        said["asked"] += [ask("check", "--only", "typed-reachability", "--trace", str(RECORD))]
+        said["asked"] += [question("check", "--only", "typed-reachability")]
+        leaked = [row for row in said["summary"]["tables"]["left"] if "suspect" in row["verdict"]]
+        if leaked:
+            said["asked"] += [question("show", f"page:{leaked[0]['page']}")]
     said["left"] = subprocess.run(["pidof", "bpftrace"], capture_output=True, text=True).stdout
     text = json.dumps(said)
     for i in range(0, len(text), 4000):
         print("@@said " + text[i : i + 4000], flush=True)
 
 
-main()
+def run_loads(
+    said: dict[str, Any],
+    tables: int,
+    trace: subprocess.Popen[bytes],
+    *,
+    debug: bool,
+    module: bool,
+) -> None:
+    """Run all loads, and end the trace."""
+    progress("loads")
+    said["large"] = large(tables)
+    for load in LOADS:
+        said["loads"][load.__name__] = run(load)
+        time.sleep(0.3)
+    if module:
+        said["loads"]["kernel_tables"] = run(kernel_tables)
+        said["loads"]["leak"] = run(leak)
+    time.sleep(4)
+    if debug and "--events" in sys.argv:
+        progress("questions")
+        said["asked"] += [
+            question("list", "--orphan", "--format", "json"),
+            question("check", "--only", "typed-reachability"),
+        ]
+    if not module or debug:
+        trace.send_signal(signal.SIGINT)
+        return
+    progress("stall")
+    with rcu_held_up():
+        said["loads"]["held"] = run(fault)
+        said["loads"]["held_file"] = run(collapse_file)
+        time.sleep(4)
+        # It closes its gate now, and cannot take its hooks away until RCU goes on.
+        trace.send_signal(signal.SIGINT)
+        time.sleep(10)
+
+
+if sys.argv[1] == "--hold":
+    hold(int(sys.argv[2]))
+else:
+    main()

@@ -6,7 +6,7 @@
  *
  *   what=leak addr=A   clear the PMD entry that maps A in the process that loads the module: its
  *                      PTE table is then in no tree, and nothing will free it
- *   what=stall ms=N    hold up RCU: stay in a read-side critical section
+ *   what=stall ms=N    hold up RCU: stay in a read-side critical section until a signal comes
  *   what=vmap pages=N  map one page N times into vmalloc space and unmap it again
  *   what=huge pages=N  the same, then allocate as much there with huge pages, so that tables of
  *                      small ones are thrown away
@@ -18,6 +18,7 @@
 #include <linux/pgtable.h>
 #include <linux/rcupdate.h>
 #include <linux/sched.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/vmalloc.h>
 
@@ -60,8 +61,9 @@ static void __init stall(void)
 {
 	unsigned int left;
 
+	pr_info("ptprovoke: holds RCU up\n");
 	rcu_read_lock();
-	for (left = ms; left; left--)
+	for (left = ms; left && !signal_pending(current); left--)
 		mdelay(1);
 	rcu_read_unlock();
 }

@@ -78,6 +78,8 @@ def command(
         return _emit_explanation(explained)
     options = chosen_target()
     with open_target(options) as target:
+        if trace is not None:
+            read_trace(trace, target)  # what is wrong with it is said before the long work
         progress = ProgressLine("Checking")
         try:
             results = run_checks(

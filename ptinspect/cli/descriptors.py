@@ -106,8 +106,10 @@ def list_command(
     if orphan:
         conditions += ("holder = unexplained",)
     with open_target(chosen_target()) as target:
+        if trace is not None:
+            read_trace(trace, target)  # what is wrong with it is said before the long work
         seen = survey(target.prog, walk=walk)
-        # Read after the census: a table that is in both cannot be younger than what it says.
+        # Once more: a trace that runs shall know all tables that the census found.
         traced = None if trace is None else read_trace(trace, target)
         if untyped:
             if seen.census is None:
@@ -189,6 +191,8 @@ def show_command(
     """
     with open_target(chosen_target()) as target:
         located = locate_ptdesc(target.prog, address)
+        if trace is not None:
+            read_trace(trace, target)
         descriptor = describe_ptdesc(located.ptdesc, level)
         seen = survey(target.prog, walk=walk, leaf_counts=False)
         reach = None

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -387,26 +388,34 @@ class _View:
         if self._jsonl:
             click.echo(json.dumps(reading_data(totals, self._top)))
             return
+        lines = list(self._frame(totals, tracer))
+        # At once, so that nothing flickers, and no more than the terminal has room for.
+        room = max(1, shutil.get_terminal_size().lines - 1)
+        click.clear()
+        click.echo("\n".join(lines[:room]))
+
+    def _frame(self, totals: Totals, tracer: Tracer) -> Iterator[str]:
         heading, *rows = live_lines(totals, self._before, self._top)
         self._before = totals
-        click.clear()
-        click.echo(
+        yield (
             f"page tables: {totals.made_pages} pages made, {totals.gone_pages} gone, "
             f"net {totals.net_pages}"
             + ("" if totals.waiting is None else f", {totals.waiting} tables waiting")
         )
         for way in totals.ways:
-            click.echo(
+            yield (
                 f"{way.way}: {sum(way.freed)} released, p50 {way.wait_p50_us} us, "
                 f"p99 {way.wait_p99_us} us"
             )
         missed, dropped, change = tracer.so_far()
-        click.echo(
+        yield (
             f"nr_page_table_pages changed by {_known(change)}, missed calls {_known(missed)}, "
             f"dropped {dropped}"
         )
         cells = [[escape(cell) for cell in row] for row in rows]
-        click.echo(tabulate(cells, headers=heading, tablefmt="plain", disable_numparse=True))
+        yield from tabulate(
+            cells, headers=heading, tablefmt="plain", disable_numparse=True
+        ).splitlines()
 
 
 def _known(value: int | None) -> str:

@@ -187,10 +187,28 @@ def test_stacks() -> None:
     assert cause_of(frames) == "exit"
     assert cause_of(("a+1", "__vmalloc_node_range_noprof+4")) == "vmalloc"
     assert cause_of(()) == "other"
+    for frame, cause in (
+        ("vmap_small_pages_range_noflush+7", "vmalloc"),
+        ("change_page_attr_set_clr+7", "set_memory"),
+        ("madvise_vma_behavior+7", "madvise"),
+        ("__mmdrop+7", "last mm reference"),
+    ):
+        assert cause_of(("pte_alloc_one+1", frame, "do_syscall_64+3")) == cause
+    assert cause_of(("collapse_file+1", "do_madvise+2")) == "THP collapse"
     totals = read_totals(read({"made": {}, "made_at": {f"{text},1": 3}, "unlinked_at": {}}))
     assert [(s.made, s.level, s.count, s.cause) for s in totals.stacks] == [
         (True, "PTE", 3, "exit")
     ]
+
+
+def test_a_table_that_waits_is_not_left_over() -> None:
+    """7.2 runs the destructor when a table is released: until then both maps have it."""
+    page = "18438304246144890304"
+    maps = {**MAPS, "pending": {**MAPS["pending"], page: [999_000_000, 3, 1, 439, "sh"]}}
+    totals = read_totals(read(maps))
+    assert int(page) not in {table.page for table in totals.live}
+    assert int(page) in {table.page for table in totals.pending}
+    assert len(totals.live) == len(MAPS["live"]) - 1
 
 
 @pytest.mark.parametrize(

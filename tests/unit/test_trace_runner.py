@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The runner and the command beside a program that plays bpftrace."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -199,7 +201,9 @@ def test_refuses_kernels_without_btf_or_tracefs(tmp_path: Path) -> None:
         read_offers(tmp_path)
 
 
-def command(fake: str, *options: str, **environment: str) -> "subprocess.Popen[str]":
+def command(
+    fake: str, *options: str, stdout: int = subprocess.PIPE, **environment: str
+) -> "subprocess.Popen[str]":
     """The real command, told that this machine can be traced and that it is the recorded one."""
     code = (
         "import sys; from pathlib import Path\n"
@@ -211,7 +215,7 @@ def command(fake: str, *options: str, **environment: str) -> "subprocess.Popen[s
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, "trace", "--bpftrace", fake, *options],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -323,3 +327,23 @@ def test_command_refuses(fake: str, options: list[str], status: int, message: st
     out, errors = done.communicate(timeout=60)
     assert (done.returncode, out) == (status, "")
     assert message in errors
+
+
+def test_live_view_fits_the_terminal(fake: str) -> None:
+    outer, inner = pty.openpty()
+    done = command(fake, "--duration", "2s", LINES="5", COLUMNS="80", stdout=inner)
+    os.close(inner)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(outer, 65536):
+            said += part
+    done.wait(timeout=60)
+    os.close(outer)
+    frames = said.decode().split("page tables: ")[1:]
+    assert len(frames) > 2
+    # All but the last one, after which the summary comes.
+    for frame in frames[:-1]:
+        assert frame.startswith("7 pages made, 4 gone, net 3, 0 tables waiting")
+        assert "nr_page_table_pages changed by" in frame
+        assert "odd" not in frame  # the fifth line would be the heading's first row
+        assert 2 <= frame.count("\n") <= 4

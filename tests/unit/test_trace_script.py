@@ -10,8 +10,6 @@ difference.
 
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from ptinspect.cli.main import cli
 from ptinspect.errors import TargetError, UsageError
 from ptinspect.trace.hooks import choose_hooks
 from ptinspect.trace.offers import KernelOffers, offers_from_json
-from ptinspect.trace.script import MINIMUM_VERSION, ScriptOptions, write_script
+from ptinspect.trace.script import ScriptOptions, write_script
 
 FOLDER = Path(__file__).parent / "trace"
 KERNELS = ("x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "s390x-6.12")
@@ -161,26 +159,3 @@ def test_command_prints_the_script_of_recorded_offers() -> None:
     done = CliRunner().invoke(cli, ["trace", "--print-script", "--offers", str(path)])
     assert done.exit_code == 0
     assert done.output == (FOLDER / "x86_64-6.12.bt").read_text()
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("suffix", ["", "-all"])
-def test_bpftrace_parses_the_script(kernel: str, suffix: str) -> None:
-    """Only the grammar: hooks and types are checked where the kernel runs (tests/guests)."""
-    program = shutil.which(os.environ.get("PTINSPECT_BPFTRACE", "bpftrace"))
-    if program is None:
-        pytest.skip("bpftrace is not installed (Debian package bpftrace)")
-    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    version = tuple(int(n) for n in said.split("v")[-1].split(".")[:2])
-    if version < MINIMUM_VERSION:
-        pytest.skip(f"bpftrace {said.strip()} is older than the script needs")
-    done = subprocess.run(
-        [program, "-d", "ast", str(FOLDER / f"{kernel}{suffix}.bt")],
-        capture_output=True,
-        text=True,
-    )
-    text = done.stdout + done.stderr
-    # The next thing after the grammar is to ask this machine's kernel for the functions.
-    if not any(what in text for what in ("ERROR: syntax", "AST after: ", "traceable")):
-        pytest.skip(f"bpftrace does not parse here: {text.strip().splitlines()[-1:]}")
-    assert "ERROR: syntax" not in text
