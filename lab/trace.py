@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.guest import Guest
+from lab.guest import Guest, booted
 from lab.kernels import Kernel
 from lab.modules import build_module
 from lab.run import HERE
@@ -36,7 +36,6 @@ def run_session(
     suite: str = SUITE,
     memory: int = 4096,
     timeout: float = 1500,
-    console_log: Path | None = None,
 ) -> dict[str, Any]:
     """
     Boot a kernel, run a Python program in it, and get the JSON that it says.
@@ -53,19 +52,15 @@ def run_session(
     with tempfile.TemporaryDirectory() as folder:
         initrd = live_initramfs(
             [part],
-            f"python3 session.py {' '.join(arguments)}\necho @@end\n",
+            f"echo @@booted\npython3 session.py {' '.join(arguments)}\necho @@end\n",
             added,
             Path(folder, "initrd"),
         )
-        with Guest(
-            kernel.arch,
-            kernel.image,
-            initrd,
-            memory=memory,
-            smp="2",
-            append="quiet",
-            console_log=console_log,
-        ) as guest:
+
+        def make() -> Guest:
+            return Guest(kernel.arch, kernel.image, initrd, memory=memory, smp="2", append="quiet")
+
+        with booted(make, "@@booted", timeout=600) as guest:
             console = guest.wait_for("@@end", timeout=timeout)
     parts = [line[7:] for line in console.splitlines() if line.startswith("@@said ")]
     said: dict[str, Any] = json.loads("".join(parts) or "{}")
