@@ -55,8 +55,25 @@ class Orphan:
     used_as: tuple[UsedAs, ...]
     #: Stacks, or registers, with a word that names its descriptor or its memory, in words.
     on_stacks: tuple[str, ...]
+    #: Whether all those stacks are of tasks that sleep at rest.
+    at_rest: bool
     #: Its allocation, if the kernel writes that down; words if that cannot be read.
     owner: PageOwner | str | None
+
+    @property
+    def filled(self) -> bool:
+        """Whether it has entries, of whatever level it may be."""
+        return bool(self.used_as) and all(used.used for used in self.used_as)
+
+    @property
+    def on_its_way(self) -> bool:
+        """
+        Whether a stack explains it.
+
+        A task at rest may keep a new table for later, which is empty (vmf->prealloc_pte), but does
+        not take one out of a tree: where that has entries, the word is left over from the last use.
+        """
+        return bool(self.on_stacks) and not (self.at_rest and self.filled)
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,7 @@ def _at_work(census: Census) -> Iterator[str]:
 def _describe(prog: Program, census: Census, index: int, stacks: tuple[KernelStack, ...]) -> Orphan:
     pfn, order = int(census.scan.pfns[index]), int(census.scan.orders[index])
     pages = 1 << order
+    naming = list(_naming(prog, census, index, stacks))
     return Orphan(
         index=index,
         pfn=pfn,
@@ -121,7 +139,8 @@ def _describe(prog: Program, census: Census, index: int, stacks: tuple[KernelSta
         before=_owner(census, pfn - 1),
         after=_owner(census, pfn + pages),
         used_as=tuple(_used_as(prog, census, pfn, pages)),
-        on_stacks=tuple(_naming(prog, census, index, stacks)),
+        on_stacks=tuple(text for text, _ in naming),
+        at_rest=all(stack.at_rest for _, stack in naming),
         owner=_page_owner(prog, pfn),
     )
 
@@ -164,7 +183,7 @@ def _used_as(prog: Program, census: Census, pfn: int, pages: int) -> Iterator[Us
 
 def _naming(
     prog: Program, census: Census, index: int, stacks: tuple[KernelStack, ...]
-) -> Iterator[str]:
+) -> Iterator[tuple[str, KernelStack]]:
     scan = census.scan
     pages = 1 << int(scan.orders[index])
     bytes_held = pages * census.paging.page_bytes
@@ -178,4 +197,4 @@ def _naming(
         where = stack.owner if stack.cpu is None else f"{stack.owner} on CPU {stack.cpu}"
         for what, start, end in ranges:
             if np.any((stack.words >= np.uint64(start)) & (stack.words < np.uint64(end))):
-                yield f"{where}: {what}"
+                yield f"{where}: {what}", stack

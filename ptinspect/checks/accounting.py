@@ -79,12 +79,12 @@ def typed_reachability(context: Context, tally: Tally) -> Iterator[Finding]:
     known = describe_orphans(context.prog, census)
     if known.missing:
         tally.miss(f"a stack that may name a table was not seen: {known.missing[0]}")
-    unnamed = [orphan for orphan in known.orphans if not orphan.on_stacks]
+    unnamed = [orphan for orphan in known.orphans if not orphan.on_its_way]
     for _ in range(len(known.orphans) - len(unnamed)):
         tally.leave("a kernel stack names it: on its way into a tree or out of one")
     if context.racing:
         # One empty table is like the next: nothing tells that it is the same at the next look.
-        filled = [orphan for orphan in unnamed if any(used.used for used in orphan.used_as)]
+        filled = [orphan for orphan in unnamed if orphan.filled]
         for _ in range(len(unnamed) - len(filled)):
             tally.leave("an empty table of a kernel that runs: may be a new one each time")
         unnamed = filled

@@ -291,6 +291,9 @@ def _half_rows(halves: Halves, rows: npt.NDArray[np.intp]) -> Iterator[Sequence[
 
 
 def _half_findings(halves: Halves) -> Iterator[str]:
+    for found in halves.lists:
+        if found.broken is not None and not found.lost:
+            yield f"pgtable_list of {_space_name(halves, found.space)} breaks: {found.broken}"
     for row in np.flatnonzero(halves.contradicts).tolist():
         refcount = int(halves.bits[row]) << 24 | int(halves.count[row])
         yield (

@@ -63,16 +63,19 @@ def _holds(used_as: tuple[UsedAs, ...]) -> str | None:
 
 
 def orphans_notes(orphans: Orphans) -> Iterator[str]:
-    """Say what may have become of those that no stack names."""
-    unnamed = sum(not orphan.on_stacks for orphan in orphans.orphans)
+    """Say what may have become of those that no stack explains."""
+    unnamed = sum(not orphan.on_its_way for orphan in orphans.orphans)
     if not unnamed:
         return
     busy = orphans.at_work or orphans.running
     if busy:
         work = "; ".join(busy)
         yield (
-            f"{unnamed} of them are named on no stack. {work}: a table on its way may be named by "
-            "a register alone, which only ELF dumps have. What is still there later is leaked."
+            f"{unnamed} of them are explained by no stack. {work}: a table on its way may be named "
+            "by a register alone, which only ELF dumps have. What is still there later is leaked."
         )
     else:
-        yield f"{unnamed} of them are named on no stack, and no CPU runs a task: leaked, it seems."
+        yield (
+            f"{unnamed} of them are explained by no stack, and no CPU runs a task: "
+            "leaked, it seems."
+        )

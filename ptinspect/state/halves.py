@@ -21,7 +21,7 @@ import numpy.typing as npt
 from drgn import Architecture, FaultError, Program, offsetof
 
 from ptinspect.kernel.descriptor import ptdesc_type
-from ptinspect.lists import ListBreak, walk_list_at
+from ptinspect.lists import ListBreak, walk_both_ways
 from ptinspect.memory import AddressArray, BoolArray
 from ptinspect.state.shared_pages import lowest_by_page, mm_numbers, read_descriptors
 from ptinspect.state.told import Told
@@ -79,7 +79,9 @@ class PgtableList:
     #: Index into the spaces of the walk.
     space: int
     pages: int
+    #: Where it breaks, if it does, and whether pages on it were not found because of that.
     broken: ListBreak | None
+    lost: bool
 
 
 @dataclass(frozen=True)
@@ -351,10 +353,10 @@ def _read_lists(
     for number, space in enumerate(tables.spaces):
         if space.mm is None or own[number] != number:
             continue
-        walk = walk_list_at(prog, space.mm.address + head)
+        walk = walk_both_ways(prog, space.mm.address + head)
         found, known = memmap.pfns(np.array(walk.nodes, np.uint64) - node)
-        broken = walk.broken
-        lists.append(PgtableList(number, len(walk.nodes), broken))
+        broken = walk.breaks[0] if walk.breaks else None
+        lists.append(PgtableList(number, len(walk.nodes), broken, walk.lost))
         pfns.append(found[known])
         owners.append(np.full(int(np.count_nonzero(known)), number, np.int64))
     if not lists:
@@ -364,9 +366,9 @@ def _read_lists(
 
 def _missing(tables: Tables, lists: tuple[PgtableList, ...], readable: BoolArray) -> Iterator[str]:
     for mm_list in lists:
-        if mm_list.broken is not None:
+        if mm_list.lost:
             name = tables.spaces[mm_list.space].name
-            yield f"pgtable_list of {name} breaks after {mm_list.pages} pages: {mm_list.broken}"
+            yield f"pgtable_list of {name} breaks, {mm_list.pages} pages seen: {mm_list.broken}"
     unread = int(np.count_nonzero(tables.state[tables.level > 0] == RowState.UNREADABLE))
     if unread:
         yield f"halves below {unread} tables that cannot be read"

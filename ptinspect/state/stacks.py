@@ -59,6 +59,8 @@ class KernelStack:
     words: AddressArray
     #: Whether it is that of a CPU's idle task, of interrupts, or no stack: no task works on it.
     of_no_task: bool = False
+    #: Whether its task sleeps so that it is not in the middle of taking a table out of a tree.
+    at_rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _waiting_stack(
 ) -> KernelStack | str | None:
     """The stack of a task that is on no CPU; a sentence if it cannot be read."""
     try:
-        if not at_rest and task.member_("__state").value_() & _AT_REST:
+        rests = bool(task.member_("__state").value_() & _AT_REST)
+        if rests and not at_rest:
             return None
         base = task.stack.value_()
         if not base:
@@ -180,7 +183,7 @@ def _waiting_stack(
             if task.exit_state or task.stack.value_() != base:
                 return None  # it exited while it was read
             return f"the kernel stack of {_task_name(task)} cannot be read"
-        return KernelStack(_task_name(task), None, start & ~7, words)
+        return KernelStack(_task_name(task), None, start & ~7, words, at_rest=rests)
     except (FaultError, LookupError) as error:
         return f"the kernel stack of the task at {task.value_():#x} cannot be read: {error}"
 

@@ -210,11 +210,17 @@ def test_a_list_that_is_cut(sample: Sample) -> None:
     story = halves_of(sample)
     pfn = int(story.pfn[np.flatnonzero(story.listed >= 0)[0]])
     node = pfn_to_page(sample.prog, pfn).lru
-    with Overlay(sample.prog).value_of(node.next, 0):
+    overlay = Overlay(sample.prog)
+    with overlay.value_of(node.next, 0):
         found = answer(sample)
-    assert found.status == 4
-    line = found.line_with("INCOMPLETE", "pgtable_list of", "breaks after")
-    assert f"node {int(node.address_of_()):#x}, next 0x0" in line
+        # The link back tells that no page is lost.
+        assert found.status == 1
+        line = found.line_with("FINDING", "pgtable_list of", "breaks")
+        assert f"node {int(node.address_of_()):#x}, next 0x0" in line
+        with overlay.value_of(node.prev, 0):
+            found = answer(sample)
+    # Now one page is.
+    assert found.line_with("INCOMPLETE", "pgtable_list of", "breaks")
 
 
 def test_a_page_on_another_mms_list(sample: Sample) -> None:
