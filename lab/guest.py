@@ -115,6 +115,7 @@ class Guest:
         # A Unix socket's path has to be short, so not in the cache nor in a test's folder.
         self._folder = Path(tempfile.mkdtemp(prefix="lab-"))
         self.qmp_socket = self._folder / "qmp"  #: for drgn: one client at a time
+        self.second_socket = self._folder / "second"  #: the same for somebody else
         self._control_socket = self._folder / "control"
         self.stub_socket = self._folder / "stub"  #: there if it was asked for
         self.console_log = console_log or self._folder / "console"
@@ -130,6 +131,7 @@ class Guest:
             *("-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"),
             *("-serial", f"file:{self.console_log}"),
             *("-qmp", f"unix:{self.qmp_socket},server=on,wait=off"),
+            *("-qmp", f"unix:{self.second_socket},server=on,wait=off"),
             *("-qmp", f"unix:{self._control_socket},server=on,wait=off"),
             *(("-gdb", f"unix:{self.stub_socket},server=on,wait=off") if stub else ()),
             *extra,

@@ -14,6 +14,7 @@
  *	lab_load=3	after the report, keep freeing tables of the kernel's own
  *	lab_seed=N	where the random choices of lab_load=2 begin
  *	lab_contend=N	after the report, N threads want the lock of one table for ever
+ *	lab_mortal=N	after the report, N processes that each end when the host clears a byte in them
  *	lab_scatter=1	the sparse tables lie apart from each other, in another order than their addresses
  *	lab_quiet=1	no report: for measurements with very many tables
  *	lab_idle=1	only load modules, mount, and say @@ready
@@ -286,6 +287,34 @@ static void keep_contending(unsigned long threads)
 	contend(at);
 }
 
+/* Four tables with a page each. The host writes into the memory of the guest, the first page here. */
+static void state_mortal(void)
+{
+	char *at = map_aligned(4 * TABLE_SPAN, TABLE_SPAN, PROT_READ | PROT_WRITE, ANON);
+	size_t i;
+
+	madvise(at, 4 * TABLE_SPAN, MADV_NOHUGEPAGE);
+	for (i = 0; i < 4; i++)
+		poke(at + i * TABLE_SPAN);
+	printf("@@mortal %p\n", at);
+	now_ready();
+	while (*(volatile char *)at)
+		sleep_ms(100);
+	_exit(0);
+}
+
+static void keep_mortals(unsigned long number)
+{
+	char name[16];
+	unsigned long i;
+
+	for (i = 0; i < number; i++) {
+		snprintf(name, sizeof(name), "mortal-%lu", i);
+		spawn(name, state_mortal);
+	}
+	printf("@@begun\n");
+}
+
 int main(int argc, char **argv)
 {
 	unsigned long flags, attempt;
@@ -385,6 +414,8 @@ int main(int argc, char **argv)
 		keep_loading();
 	if (option("lab_contend", 0))
 		keep_contending(option("lab_contend", 0));
+	if (option("lab_mortal", 0))
+		keep_mortals(option("lab_mortal", 0));
 	wait_for_ever();
 	return 0;
 }

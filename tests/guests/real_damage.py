@@ -9,22 +9,35 @@ more that people meet. ``scripts/damage`` does all of it to a kernel of choice.
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import click
 from corruptions import CORRUPTIONS, Corruption
 from damage import Damage, NotHereError
 from drgn import Program
+from drgn.helpers.linux.printk import get_dmesg
 from overlay import Mendable
 
-from lab.guest import Guest
+from lab.guest import Guest, booted
+from lab.initramfs import workload_initramfs
+from lab.kernels import build_kernel, debian_kernel
+from lab.run import REPOSITORY
 from lab.stub import Stub
 from ptinspect.census import take_census
 from ptinspect.checks import Verdict, run_checks
 from ptinspect.checks.run import persisting
+from ptinspect.errors import ExitStatus
 from ptinspect.kernel.direct_map import physical_to_virtual
+from ptinspect.target import TargetOptions, open_target
 
 #: Seconds that a damaged kernel runs on before it is looked at.
 RUN_ON = 0.2
@@ -110,6 +123,12 @@ class Outcome:
     left: tuple[str, ...] = ()
 
 
+def complaints(prog: Program) -> list[str]:
+    """What the kernel has in its log about things that are not as they should be."""
+    lines = get_dmesg(prog).decode(errors="replace").splitlines()
+    return [line for line in lines if re.search("BUG|WARNING|Bad |corruption|Oops", line)]
+
+
 def run_on(guest: Guest) -> None:
     """Let a stopped guest run for a moment."""
     guest.cont()
@@ -152,7 +171,7 @@ def strike(guest: Guest, prog: Program, wrong: Wrong) -> Outcome:
 
 def strike_all(guest: Guest, prog: Program, stack: ExitStack) -> list[tuple[Wrong, int]]:
     """
-    Do everything to a guest at once, until the stack is closed.
+    Do everything to a guest that is stopped, until the stack is closed.
 
     :return: What could be done, and the address at which it has to be found.
     """
@@ -164,3 +183,116 @@ def strike_all(guest: Guest, prog: Program, stack: ExitStack) -> list[tuple[Wron
         except NotHereError:
             continue
     return done
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What ``ptinspect check`` said while everything was wrong at once."""
+
+    #: What was done, and the address at which it has to be found.
+    done: list[tuple[Wrong, int]]
+    #: By way of looking: the invariants and addresses of what was found.
+    found: dict[str, set[tuple[str, int]]]
+
+    def missed(self) -> list[str]:
+        """Get what was not found, and where."""
+        return [
+            f"{wrong.name}: no {wrong.invariant} at {address:#x} ({way})"
+            for way, found in self.found.items()
+            for wrong, address in self.done
+            if (wrong.invariant, address) not in found
+        ]
+
+
+def ask_all(guest: Guest, prog: Program, vmlinux: Path, core: Path, forms: list[str]) -> Answers:
+    """
+    Do everything to a guest that is stopped, and run ``ptinspect check`` on it and on its dumps.
+
+    :param core: Where its dumps go, one after the other.
+    :param forms: Formats of dumps, as QEMU names them.
+    """
+    with ExitStack() as stack:
+        done = strike_all(guest, prog, stack)
+        guest.cont()
+        try:
+            found = {"QMP": ask_check("--qemu", guest.second_socket, "--pause", "-s", vmlinux)}
+        finally:
+            guest.stop()
+        for form in forms:
+            guest.dump(core, form)
+            found[form] = ask_check("-c", core, "-s", vmlinux)
+            core.unlink()
+    return Answers(done, found)
+
+
+def ask_check(*target: str | Path) -> set[tuple[str, int]]:
+    """Run ``ptinspect check``: invariants and addresses of its findings."""
+    command = [sys.executable, "-m", "ptinspect", *map(str, target), "check", "--max", "1000"]
+    answer = subprocess.run(
+        [*command, "--format", "json"], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert answer.returncode == ExitStatus.FINDINGS, answer.stderr
+    findings = json.loads(answer.stdout)["tables"]["findings"]
+    return {(each["invariant"], int(each["address"], 16)) for each in findings}
+
+
+@click.command()
+@click.argument("kernel", nargs=-1, required=True)
+@click.option("--flavour", help="What Debian appends to the release, if not the plain kernel's.")
+@click.option("--memory", default=1024, help="MiB.", show_default=True)
+@click.option("--append", default="", help="Words for the kernel command line.")
+@click.option("--every", is_flag=True, help="Also every corruption that samples are broken with.")
+@click.option("--kdump/--no-kdump", default=True, help="Whether QEMU can dump this one so.")
+def main(
+    kernel: tuple[str, ...],
+    flavour: str | None,
+    memory: int,
+    append: str,
+    every: bool,
+    kdump: bool,
+) -> None:
+    """Damage a KERNEL that runs: the NAME of a small one, or SUITE ARCH SERIES."""
+    chosen = build_kernel(*kernel) if len(kernel) == 1 else debian_kernel(*kernel, flavour)
+    initrd = workload_initramfs(chosen.arch, chosen.modules)
+    wrongs = list(WRONGS)
+    if every:
+        wrongs += [Wrong(id, id, corruption) for id, corruption in CORRUPTIONS.items()]
+
+    def make() -> Guest:
+        return Guest(
+            *(chosen.arch, chosen.image, initrd),
+            memory=memory,
+            smp="2",
+            append=append,
+            stub=True,
+        )
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        booted(make, "@@ready", timeout=900) as guest,
+        open_target(TargetOptions(qemu=str(guest.qmp_socket), symbols=(chosen.vmlinux,))) as target,
+    ):
+        prog = target.prog
+        guest.stop()
+        click.echo(
+            f"{chosen.release} {chosen.arch.name}: {len(run_checks(prog).findings)} findings"
+        )
+        for wrong in wrongs:
+            outcome = strike(guest, prog, wrong)
+            word = {True: "caught", False: "MISSED", None: "-"}[outcome.caught]
+            also = f" (also {', '.join(outcome.others)})" if outcome.others else ""
+            left = f"; LEFT: {'; '.join(outcome.left)}" if outcome.left else ""
+            why = f": {outcome.why}" if outcome.why else ""
+            click.echo(f"{word:7} {wrong.name}: {wrong.invariant}{why}{also}{left}")
+        forms = ["elf", "kdump-zlib"][: 1 + kdump]
+        answers = ask_all(guest, prog, chosen.vmlinux, Path(folder) / "core", forms)
+        names = ", ".join(wrong.name for wrong, _ in answers.done)
+        click.echo(f"all at once ({names}), in {', '.join(answers.found)}:")
+        for what in answers.missed() or ["all found"]:
+            click.echo(f"  {what}")
+        for line in complaints(prog):
+            click.echo(f"  the kernel says: {line}")
+
+
+if __name__ == "__main__":
+    main()

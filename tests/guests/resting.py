@@ -102,6 +102,7 @@ def busy_guest(
             smp=str(cpus),
             append=f"{stock.append} {append}".strip(),
             extra=extra,
+            stub=True,
         )
 
     with booted(make, text, timeout=600) as guest:

@@ -29,6 +29,7 @@ from test_gmap import (
     test_slots_are_those_that_were_set,
     test_the_census_counts_guests_apart,
 )
+from test_guest_damage import test_all_of_it_in_a_dump, test_damage_is_found_while_it_lasts
 
 from lab.errors import MissingToolError
 from lab.guest import Guest, booted
@@ -45,7 +46,9 @@ pytestmark = pytest.mark.guest
 __all__ = (
     "census",
     "test_all_agree",
+    "test_all_of_it_in_a_dump",
     "test_an_upgraded_space_has_more_levels",
+    "test_damage_is_found_while_it_lasts",
     "test_guest_memory_is_what_the_process_wrote",
     "test_guest_pages_are_the_pages_of_the_process",
     "test_lists_and_trees_as_drgn_reads_them",
@@ -71,7 +74,7 @@ def running(request: pytest.FixtureRequest) -> Iterator[Running]:
         pytest.skip(str(error))
 
     def make() -> Guest:
-        return Guest(kernel.arch, kernel.image, initrd, memory=256, smp="2")
+        return Guest(kernel.arch, kernel.image, initrd, memory=256, smp="2", stub=True)
 
     with booted(make, "@@ready", timeout=600) as guest:
         yield Running(guest, kernel, *parse_report(guest.console()))
