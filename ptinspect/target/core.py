@@ -27,6 +27,10 @@ _OTHER_FILES = (
     (b"QFI\xfb", "a QEMU disk image"),
     (b"QEVM", "a QEMU migration stream: use dump-guest-memory instead"),
     (b"LibvirtQemudSave", "a libvirt save file: use virsh dump --memory-only instead"),
+    (
+        b"LibvirtQemudPart",
+        "an unfinished libvirt save file: use virsh dump --memory-only",
+    ),
     (b"PAGEDU64", "a Windows crash dump"),
     (b"DISKDUMP", "a diskdump file, which drgn does not read"),
     (bytes.fromhex("a8190173618f23fd"), "an s390 stand-alone dump: convert it with zgetdump"),

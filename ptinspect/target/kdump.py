@@ -127,7 +127,10 @@ def read_kdump(fd: int) -> Kdump:
     read = _Flattened(fd, size).read if flattened else _plain_reader(fd)
     start = read(0, 4096)
     if not start.startswith(SIGNATURE):
-        raise KdumpError("a flattened file, but not of a kdump-compressed dump (makedumpfile -R)")
+        raise KdumpError(
+            "a flattened file, but not of a kdump-compressed dump: make it a plain one first "
+            "(makedumpfile -R NEW < THIS)"
+        )
     if len(start) < _FIELDS_OFFSET + struct.calcsize("=" + _FIELDS):
         raise KdumpError("truncated dump: it ends within its header")
     order = _byte_order(start)

@@ -242,6 +242,7 @@ def refused(folder: Path, content: bytes, message: str, **options: object) -> st
         (gzip.compress(b"x"), "not a dump: a gzip file: unpack it first"),
         (lzma.compress(b"x"), "not a dump: an xz file: unpack it first"),
         (b"LibvirtQemudSave" + bytes(99), "use virsh dump --memory-only"),
+        (b"LibvirtQemudPart" + bytes(99), "use virsh dump --memory-only"),
         (b"QEVM" + bytes(99), "use dump-guest-memory"),
         (bytes.fromhex("a8190173618f23fd") + bytes(99), "zgetdump"),
         (target_files.debug_file(), "not a dump: an executable .*--symbols"),
