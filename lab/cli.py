@@ -14,6 +14,7 @@ import click
 
 from lab import samples
 from lab.arches import find_arch
+from lab.crashed import CRASHED, make_crashed_sample
 from lab.errors import LabError
 from lab.guest import Guest
 from lab.initramfs import build_workload, workload_initramfs
@@ -168,10 +169,10 @@ def shrink_command(full: Path, vmlinux: Path, small: Path, truth: Path | None) -
 
 
 @commands.command()
-@click.argument("name", type=click.Choice(list(samples.SAMPLES)))
+@click.argument("name", type=click.Choice([*samples.SAMPLES, *CRASHED]))
 def sample(name: str) -> None:
     """Make a sample: build, boot, report, dump, shrink, check, package."""
-    click.echo(samples.make_sample(name))
+    click.echo(make_crashed_sample(name) if name in CRASHED else samples.make_sample(name))
 
 
 @commands.command()
@@ -271,7 +272,7 @@ def matrix(words: tuple[str, ...], kinds: tuple[str, ...], again: bool, write_on
 @commands.command("list")
 def list_command() -> None:
     """List the samples and whether they are there."""
-    for line in samples.list_samples():
+    for line in samples.list_samples([*samples.SAMPLES, *CRASHED]):
         click.echo(line)
 
 

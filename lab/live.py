@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lab.errors import GuestError, LabError
 from lab.guest import Guest, booted
 from lab.initramfs import pack
 from lab.kernels import Kernel, debian_modules
+from lab.modules import build_module
 from lab.rootfs import unpack
 from lab.run import HERE, REPOSITORY, cache, made_whole, run, say, tool
 
@@ -223,6 +225,8 @@ def crash(
     dumps: Mapping[str, Sequence[str]],
     into: Path,
     *,
+    how: str = "crash",
+    module: str = "",
     memory: int = 1024,
     timeout: float = 1800,
 ) -> dict[str, Any]:
@@ -231,12 +235,14 @@ def crash(
 
     :param dumps: names of files, and makedumpfile's options for each
     :param into: a folder for the dumps, and for what makedumpfile said of each (.log)
+    :param how: the script of lab/inside that crashes it
+    :param module: of lab/provoke, which the script loads
     :return: what the kernel said of itself right before (truth.json of lab/inside/crash.py)
     :raises LabError: if the guest does not get to its end
     """
     for attempt in range(1, _CRASH_ATTEMPTS + 1):
         try:
-            _crash_once(suite, kernel, dumps, into, memory, timeout)
+            _crash_once(suite, kernel, dumps, into, how, module, memory, timeout)
             break
         except GuestError as error:
             if attempt == _CRASH_ATTEMPTS:
@@ -255,39 +261,86 @@ def _crash_once(
     kernel: Kernel,
     dumps: Mapping[str, Sequence[str]],
     into: Path,
+    how: str,
+    module: str,
     memory: int,
     timeout: float,
 ) -> None:
+    words = f"crashkernel=320M lab_script={how}"
+    with _crash_disks(suite, kernel, dumps, how, module) as (extra, disk, initrd):
+
+        def make() -> Guest:
+            return Guest(
+                *(kernel.arch, kernel.image, initrd),
+                memory=memory,
+                smp="2",
+                append=words,
+                extra=extra,
+            )
+
+        with booted(make, "@@live", timeout=timeout) as guest:
+            said = guest.wait_for("@@live-done", timeout=timeout, panics=True)
+        _check_console(said)
+        read_back(disk, "/results", disk.parent)
+        for path in (disk.parent / "results").iterdir():
+            shutil.move(path, into / path.name)
+
+
+@contextmanager
+def _crash_disks(
+    suite: str, kernel: Kernel, dumps: Mapping[str, Sequence[str]], how: str, module: str
+) -> Iterator[tuple[list[str], Path, Path]]:
+    """
+    Make what a guest that is to crash needs: QEMU's options for its disks, the second disk, and
+    its initramfs.
+    """
     system = system_image(kernel)
     with tempfile.TemporaryDirectory(dir=cache("live")) as tmp:
         folder = Path(tmp)
         data = folder / "data"
         data.mkdir()
-        for name in ("look.py", "crash.py", "capture.py"):
-            shutil.copy(HERE / "inside" / name, data)
+        for name in {"look", "crash", "capture", how}:
+            shutil.copy(HERE / "inside" / f"{name}.py", data)
+        if module:
+            shutil.copy(build_module(suite, kernel, module), data / f"{module}.ko")
         initrd = initramfs(suite, kernel, data / "initramfs")
         shutil.copy(kernel.image, data / "image")
         (data / "questions.json").write_text(json.dumps(dumps))
         disk = folder / "data.img"
         _ext4(disk, data, 4 << 30)
+        yield [*drive(system, "system", read_only=True), *drive(disk, "data")], disk, initrd
+
+
+def dump_crashed(
+    suite: str, kernel: Kernel, into: Path, *, memory: int = 1024, timeout: float = 1800
+) -> dict[str, Any]:
+    """
+    Boot a kernel of Debian's, crash it, and have QEMU dump it where it stopped (``into/vmcore``).
+
+    For kernels without kdump, as Debian's are for s390x: no CONFIG_CRASH_DUMP in 6.1, and no
+    CONFIG_KEXEC either since.
+
+    :return: what the kernel said of itself right before (truth.json of lab/inside/crash.py)
+    :raises LabError: if the guest does not crash, or is not dumped
+    """
+    with _crash_disks(suite, kernel, {}, "crash", "") as (extra, disk, initrd):
 
         def make() -> Guest:
             return Guest(
-                kernel.arch,
-                kernel.image,
-                initrd,
+                *(kernel.arch, kernel.image, initrd),
                 memory=memory,
                 smp="2",
-                append="crashkernel=320M lab_script=crash",
-                extra=[*drive(system, "system", read_only=True), *drive(disk, "data")],
+                append="panic=0 lab_script=crash",
+                extra=[*extra, "-action", "panic=pause"],
             )
 
-        with booted(make, "@@live: crash", timeout=timeout) as guest:
-            said = guest.wait_for("@@live-done", timeout=timeout, panics=True)
-        _check_console(said)
-        read_back(disk, "/results", folder)
-        for path in (folder / "results").iterdir():
-            shutil.move(path, into / path.name)
+        with booted(make, "@@live", timeout=timeout) as guest:
+            guest.wait_for("Kernel panic", timeout=timeout, panics=True)
+            guest.stop()
+            guest.dump(into / "vmcore")
+        read_back(disk, "/results", disk.parent)
+        truth: dict[str, Any] = json.loads((disk.parent / "results/truth.json").read_text())
+        return truth
 
 
 def _check_console(said: str) -> None:

@@ -13,6 +13,7 @@ import json
 import lzma
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lab.truth import parse_report
 VMCORES = REPOSITORY / "vmcores"
 
 #: Sections that drgn needs for source lines and local variables only.
-_LEFT_OUT_SECTIONS = (
+LEFT_OUT_SECTIONS = (
     ".debug_loclists",
     ".debug_rnglists",
     ".debug_frame",
@@ -101,7 +102,7 @@ def kernel_name(name: str) -> str:
 def debug_file(arch: Arch, vmlinux: Path, into: Path) -> None:
     """Write what drgn needs of a vmlinux: types, variables, symbols and the build ID."""
     objcopy = tool(f"{arch.cross}objcopy", f"binutils-{arch.triplet.replace('_', '-')}")
-    removed = [word for section in _LEFT_OUT_SECTIONS for word in ("-R", section)]
+    removed = [word for section in LEFT_OUT_SECTIONS for word in ("-R", section)]
     with made_whole(into) as unfinished:
         run([objcopy, "--only-keep-debug", *removed, vmlinux, unfinished])
         unfinished.chmod(0o644)
@@ -369,10 +370,10 @@ def _readme_truth(truth: dict[str, Any]) -> list[str]:
     ]
 
 
-def list_samples() -> list[str]:
-    """Tell of each sample whether it is there, and how large."""
+def list_samples(names: Iterable[str]) -> list[str]:
+    """Tell of samples whether they are there, and how large."""
     lines = []
-    for name in SAMPLES:
+    for name in names:
         files = sorted((VMCORES / name).glob("*")) if (VMCORES / name).exists() else []
         size = sum(path.stat().st_size for path in files)
         lines.append(f"{name}: " + (f"{size / 1e6:.1f} MB" if files else "not made"))

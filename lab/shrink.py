@@ -96,7 +96,7 @@ def classify(
     for start, end in ram if ram is not None else [(0, frames * pages.page_size)]:
         inside[start // pages.page_size : -(-end // pages.page_size)] = True
     text = np.zeros(frames, dtype=np.bool_)
-    start, end = _kernel_text(program)
+    start, end = _image_range(program, "_stext", "_etext")
     text[-(-start // pages.page_size) : end // pages.page_size] = True
 
     reasons = {
@@ -140,15 +140,14 @@ def _hugetlb(program: drgn.Program, kinds: Any, pages: Pages) -> Any:
     return following & np.roll(tails(program, pages), -1) & ~tails(program, pages)
 
 
-def _kernel_text(program: drgn.Program) -> tuple[int, int]:
-    """Get where the kernel's text lies in physical memory; it is contiguous there."""
+def _image_range(program: drgn.Program, first: str, last: str) -> tuple[int, int]:
+    """Get where a part of the kernel's image lies in physical memory; it is contiguous there."""
     from drgn.helpers.linux.mm import follow_phys
 
     init_mm = program["init_mm"].address_of_()
-    start = program.symbol("_stext").address
-    size = program.symbol("_etext").address - start
+    start = program.symbol(first).address
     physical = int(follow_phys(init_mm, start))
-    return physical, physical + size
+    return physical, physical + program.symbol(last).address - start
 
 
 def _runs(mask: Any) -> list[tuple[int, int]]:
@@ -177,16 +176,25 @@ def shrink(
     into: Path,
     ram: Sequence[tuple[int, int]] | None = None,
     wanted: Sequence[tuple[int, int]] = (),
+    unwanted: Sequence[tuple[str, str]] = (),
 ) -> Shrunk:
     """
     Write the small dump of a full one.
 
     :param wanted: Pages of processes to keep, each a process ID and an address
+    :param unwanted: Data of the kernel's image to leave out, each from a symbol to another
     :raises LabError: if a page table would be lost
     """
     program = open_dump(full, vmlinux)
     pages = read_pages(program)
     reasons = classify(program, pages, ram)
+    for names in unwanted:
+        mask = np.zeros(len(pages.exists), dtype=np.bool_)
+        lowest, highest = _image_range(program, *names)
+        mask[-(-lowest // pages.page_size) : highest // pages.page_size] = True
+        for other in reasons.values():
+            mask &= ~other
+        reasons[" to ".join(names)] = mask
     kept = _user_frames(program, len(pages.exists), wanted)
     reasons = {reason: mask & ~kept for reason, mask in reasons.items()}
     dump = ElfDump(full)

@@ -16,9 +16,8 @@ from pathlib import Path
 from look import DATA, RESULTS, kernel_says, pagemap, resting  # type: ignore[import-not-found]
 
 
-def main() -> None:
-    """Load the capture kernel, write down the truth, crash."""
-    RESULTS.mkdir(exist_ok=True)
+def load_capture_kernel() -> None:
+    """Have the kernel ready that is started when this one crashes."""
     console = [w for w in Path("/proc/cmdline").read_text().split() if w.startswith("console=")]
     words = " ".join([*console, "panic=-1", "nr_cpus=1", "reset_devices", "lab_script=capture"])
     subprocess.run(
@@ -28,6 +27,13 @@ def main() -> None:
         ],
         check=True,
     )
+
+
+def main() -> None:
+    """Load the capture kernel, if one is wanted, write down the truth, crash."""
+    RESULTS.mkdir(exist_ok=True)
+    if "crashkernel=" in Path("/proc/cmdline").read_text():
+        load_capture_kernel()
     processes = [
         resting("sparse", 300, 2 << 20),
         resting("dense", 2000, os.sysconf("SC_PAGESIZE")),
@@ -44,4 +50,5 @@ def main() -> None:
     Path("/proc/sysrq-trigger").write_text("c")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,10 @@ OWNED = "-owner"
 #: A kernel that frees its own tables later, caught before it did.
 FREEING = "-async"
 
-_RESTING = [n for n in sample_names() if not n.endswith((MOVING, OWNED, FREEING))]
+#: A kernel that is not healthy: tests/samples/test_panic.py looks into it.
+BROKEN = "-panic"
+
+_RESTING = [n for n in sample_names() if not n.endswith((MOVING, OWNED, FREEING, BROKEN))]
 
 
 @pytest.fixture(scope="session", params=_RESTING)

@@ -134,7 +134,7 @@ def main(names: Iterable[str]) -> None:
     chosen = list(names)
     matrices = {}
     # The kernel that writes down who allocates pages has no other invariants.
-    for name in chosen or (n for n in sample_names() if not n.endswith("-owner")):
+    for name in chosen or (n for n in sample_names() if not n.endswith(("-owner", "-panic"))):
         with open_target(TargetOptions(sample=name)) as target:
             matrices[name] = matrix(target.prog, name)
     if chosen:
