@@ -116,7 +116,11 @@ def test_summary_against_vmstat(live: LiveAnswers) -> None:
 
 
 def test_tables_of_resting_processes(live: LiveAnswers) -> None:
-    """Of a process that rests, all is exact: VmPTE, pgtables_bytes, and the tables walked."""
+    """
+    Of a process that rests, all is exact: VmPTE, pgtables_bytes, and the tables walked.
+
+    Only khugepaged may take a table away meanwhile, when it makes a huge page of a file's pages.
+    """
     rows = {row["pid"]: row for row in session(live)["ptps1"]["tables"]["spaces"]}
     for name in ("sparse", "dense"):
         pid = process(live, name)["pid"]
@@ -124,7 +128,7 @@ def test_tables_of_resting_processes(live: LiveAnswers) -> None:
         told = {int(asked[when]["status"][str(pid)]["VmPTE"]) for when in ("before", "after")}
         row = rows[pid]
         assert row["space"] == f"{name}/{pid}"
-        assert {row["pgtables_KiB"]} == told
+        assert row["pgtables_KiB"] in told
         assert row["walked_KiB"] == row["pgtables_KiB"]
     assert rows[process(live, "sparse")["pid"]]["PTE"] >= 300
 

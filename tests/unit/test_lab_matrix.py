@@ -154,13 +154,15 @@ def live_answers(difference: int, walked: int, findings: Sequence[Any] = ()) -> 
         f"@@ {name} --format json\n{json.dumps({'tables': tables}, indent=1)}\n"
         for name, tables in answered.items()
     )
-    told = {"status": 0, "after": {"status": {"7": {"VmPTE": "40"}}}}
+    before, after = ({"status": {"7": {"VmPTE": size}}} for size in ("36", "40"))
+    told = {"status": 0, "before": before, "after": after}
     return LiveAnswers({"answers": [told]}, ((out, ""),))
 
 
 def test_live_verdict() -> None:
     finding = {"invariant": "desc-not-tail"}
     assert matrix._live_verdict(live_answers(-3, 40)) == "pass"
+    assert matrix._live_verdict(live_answers(0, 36)) == "pass"
     assert matrix._live_verdict(live_answers(14, 40)) == "pass"
     assert matrix._live_verdict(live_answers(15, 40)) == "summary: NR_PAGETABLE differs"
     assert matrix._live_verdict(live_answers(0, 44)) == "ps: process 7 differs"
