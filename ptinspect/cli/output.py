@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 import time
 from typing import Any, Callable, TypeVar
@@ -56,7 +57,7 @@ def emit(report: Report, output_format: str) -> int:
     """
     if output_format == "text" and sys.stdout.isatty():
         whole = io.StringIO()
-        write_text(report, whole)
+        write_text(report, whole, width=shutil.get_terminal_size().columns)
         pager.show(whole.getvalue())
     else:
         _WRITERS[output_format](report, sys.stdout)

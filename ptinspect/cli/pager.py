@@ -14,8 +14,9 @@ def show(text: str) -> None:
     """
     Write to standard output: through ``$PAGER`` (``less``) if that is a terminal and too small.
 
-    An empty ``$PAGER``, or ``cat``, turns it off. less is told to leave alone what fits, and the
-    terminal as it is (``LESS=FRX``), unless ``$LESS`` says otherwise.
+    An empty ``$PAGER``, or ``cat``, turns it off. less is told to leave alone what fits and the
+    terminal as it is, and to cut long rows, which its arrow keys scroll (``LESS=FRSX``), unless
+    ``$LESS`` says otherwise.
     """
     pager = os.environ.get("PAGER", "less")
     if (
@@ -35,7 +36,7 @@ def _through(pager: str, text: str) -> bool:
     :return: False if the pager could not be started.
     """
     sys.stdout.flush()
-    environment = {"LESS": "FRX", "LV": "-c", **os.environ}
+    environment = {"LESS": "FRSX", "LV": "-c", **os.environ}
     process = subprocess.Popen(
         ["sh", "-c", f"exec {pager}"],
         stdin=subprocess.PIPE,

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from typing import TextIO
 
 from tabulate import tabulate
@@ -12,18 +14,29 @@ from ptinspect.faces.escape import escape
 from ptinspect.faces.report import Cell, Column, Kind, Report, Table
 
 
-def write_text(report: Report, out: TextIO) -> None:
-    """Write a report for a person."""
+def write_text(report: Report, out: TextIO, *, width: int | None = None) -> None:
+    """
+    Write a report for a person.
+
+    :param width: Of the terminal, to which sentences are wrapped (tables are not).
+    """
+
+    def sentences(texts: Iterable[str], indent: str = "") -> str:
+        lines = (escape(text) for text in texts)
+        if width is not None:
+            lines = (textwrap.fill(line, width, subsequent_indent=indent) for line in lines)
+        return "\n".join(lines)
+
     sections = []
     for table in report.tables:
         rendered = _render(table)
         sections.append(f"{escape(table.title)}\n{rendered}" if table.title else rendered)
     if report.notes:
-        sections.append("\n".join(escape(note) for note in report.notes))
+        sections.append(sentences(report.notes))
     if report.findings:
-        sections.append("\n".join(f"FINDING: {escape(what)}" for what in report.findings))
+        sections.append(sentences((f"FINDING: {what}" for what in report.findings), "  "))
     if report.missing:
-        sections.append("\n".join(f"INCOMPLETE: {escape(what)}" for what in report.missing))
+        sections.append(sentences((f"INCOMPLETE: {what}" for what in report.missing), "  "))
     out.write("\n\n".join(sections) + "\n")
 
 

@@ -48,6 +48,17 @@ def test_without_a_pager(chosen: str) -> None:
     assert seen.count("\n") > 400
 
 
+def test_sentences_are_wrapped_and_tables_are_not() -> None:
+    status, seen = on_terminal("--sample", "x86_64-7.3", "pending", PAGER="cat")
+    assert status == 0
+    prose = seen[seen.index("A table that only") :]
+    lines = prose.rstrip().split("\r\n")
+    assert len(lines) > 1
+    assert all(len(line) <= 80 for line in lines)
+    status, seen = on_terminal("--sample", "x86_64-7.3", "ps", PAGER="cat")
+    assert max(map(len, seen.split("\r\n"))) > 80
+
+
 def test_short_answers_are_not_paged(pager: Path) -> None:
     walk = ("--sample", "x86_64-7.3", "walk", "1", "400000")
     assert "PAGED" not in on_terminal(*walk, PAGER=str(pager))[1]
@@ -86,6 +97,25 @@ def test_completion() -> None:
     assert all(name.startswith("x86") for name in found)
     assert "--format" in complete("summary --f")
     assert "json" in complete("summary --format j")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_each_shell(shell: str) -> None:
+    def ask(what: str, **env: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "ptinspect"],
+            env={**os.environ, "_PTINSPECT_COMPLETE": f"{shell}_{what}", **env},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout
+
+    script = ask("source")
+    assert f"{shell}_complete" in script
+    # fish names the word itself, the others its number.
+    word = "summ" if shell == "fish" else "1"
+    assert "summary" in ask("complete", COMP_WORDS="ptinspect summ", COMP_CWORD=word)
 
 
 @pytest.mark.parametrize("name", cli.commands)
