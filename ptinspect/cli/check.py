@@ -23,7 +23,7 @@ from ptinspect.target import TargetKind, TargetOptions, open_target
 _RUN_ON = 0.3
 
 
-@click.command("check")
+@click.command("check", short_help="Check the invariants that every healthy kernel keeps.")
 @target_options
 @click.option("--list", "list_", is_flag=True, help="Show all invariants; no target needed.")
 @click.option("--explain", "explained", metavar="ID", help="Say what an invariant claims, and why.")

@@ -14,7 +14,11 @@ from ptinspect.faces.deposits import deposits_report
 from ptinspect.target import open_target
 
 
-@click.command("deposits", epilog=SPACE_HELP)
+@click.command(
+    "deposits",
+    short_help="Spare tables of huge pages (pmd_huge_pte), and who needs them.",
+    epilog=SPACE_HELP,
+)
 @target_options
 @click.option("--tables", "each", is_flag=True, help="List each deposited table too.")
 @click.option("--space", metavar="SPACE", help="Only those of one address space.")

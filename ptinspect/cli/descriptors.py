@@ -157,7 +157,7 @@ def _column_names(text: str | None, default: Sequence[str]) -> Sequence[str]:
     return names
 
 
-@click.command("show")
+@click.command("show", short_help="One descriptor: every member, and what it means here.")
 @target_options
 @click.argument("address", metavar="ADDR")
 @click.option("--level", type=_LEVEL, help="Decode it as a table of this level.")

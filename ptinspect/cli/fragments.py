@@ -18,7 +18,11 @@ from ptinspect.state.halves import has_halves
 from ptinspect.target import open_target
 
 
-@click.command("frags", epilog=SPACE_HELP)
+@click.command(
+    "frags",
+    short_help="Pages with several tables, and whether their counts agree.",
+    epilog=SPACE_HELP,
+)
 @target_options
 @click.option("--problems", is_flag=True, help="Only pages in which something is wrong.")
 @click.option("--space", metavar="SPACE", help="Only pages of one address space.")

@@ -33,7 +33,7 @@ from ptinspect.tables.steps import DescribedStep, describe_steps
 from ptinspect.target import open_target
 
 
-@click.command("gmap")
+@click.command("gmap", short_help="s390: guest address spaces of KVM and their tables.")
 @target_options
 @click.argument("vm", required=False)
 @click.argument("gaddr", required=False)

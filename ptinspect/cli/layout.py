@@ -17,7 +17,7 @@ from ptinspect.records import Layout
 from ptinspect.target import TargetOptions, open_symbols, open_target
 
 
-@click.command("layout")
+@click.command("layout", short_help="struct ptdesc against struct page; two kernels compared.")
 @target_options
 @click.option(
     "--against",

@@ -13,7 +13,7 @@ from ptinspect.faces.lists import lists_report, pgd_report
 from ptinspect.target import open_target
 
 
-@click.command("lists")
+@click.command("lists", short_help="Lists that descriptors are on (pt_list); whose each PGD is.")
 @target_options
 @click.option("--pgd", is_flag=True, help="Each root table: whose it says it is, and whether so.")
 @click.option("--nodes", is_flag=True, help="List the nodes of every list.")

@@ -14,7 +14,9 @@ from ptinspect.faces.locks import locks_report
 from ptinspect.target import open_target
 
 
-@click.command("locks", epilog=SPACE_HELP)
+@click.command(
+    "locks", short_help="Page-table locks (ptl): who has one, who waits.", epilog=SPACE_HELP
+)
 @target_options
 @click.option("--all", "show_all", is_flag=True, help="Also the locks that nobody has or wants.")
 @click.option("--space", metavar="SPACE", help="Only locks of one address space.")

@@ -13,7 +13,7 @@ from ptinspect.faces.pending import pending_report
 from ptinspect.target import open_target
 
 
-@click.command("pending")
+@click.command("pending", short_help="Tables that wait to be freed, and what they wait for.")
 @target_options
 @click.option("--tables", "each_table", is_flag=True, help="List every table that waits.")
 @format_option

@@ -23,7 +23,7 @@ from ptinspect.tables.walk import walk_spaces
 from ptinspect.target import open_target
 
 
-@click.command("ps")
+@click.command("ps", short_help="Each address space: tables, fill, what could be given back.")
 @target_options
 @click.option(
     "--no-slab",

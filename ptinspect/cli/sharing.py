@@ -13,7 +13,7 @@ from ptinspect.faces.sharing import sharing_report
 from ptinspect.target import open_target
 
 
-@click.command("sharing")
+@click.command("sharing", short_help="PMD tables that hugetlb mappings share (pt_share_count).")
 @target_options
 @format_option
 def command(output_format: str) -> int:

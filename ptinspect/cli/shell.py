@@ -24,7 +24,11 @@ from ptinspect.target import Target, open_target
 from ptinspect.target.program import remember_target
 
 
-@click.command("shell", context_settings={"allow_interspersed_args": False})
+@click.command(
+    "shell",
+    short_help="drgn's shell, or a script, on the target.",
+    context_settings={"allow_interspersed_args": False},
+)
 @target_options
 @click.argument("script", nargs=-1, type=click.UNPROCESSED, metavar="[SCRIPT [ARGUMENT]...]")
 def command(script: tuple[str, ...]) -> int:

@@ -15,7 +15,7 @@ from ptinspect.summary import summarise
 from ptinspect.target import open_target
 
 
-@click.command("summary")
+@click.command("summary", short_help="Page-table memory by node, level and holder; NR_PAGETABLE.")
 @target_options
 @click.option(
     "--by",

@@ -70,7 +70,7 @@ def _seconds(context: click.Context, parameter: click.Parameter, value: str | No
     return float(found[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
 
 
-@click.command("trace")
+@click.command("trace", short_help="Live: who makes and frees page tables, how long they wait.")
 @target_options
 @click.option("--pid", type=click.IntRange(1), help="Follow only tables of this process.")
 @click.option("--comm", metavar="NAME", help="Follow only tables of threads of this name.")

@@ -20,7 +20,7 @@ from ptinspect.tables.steps import describe_steps
 from ptinspect.target import open_target
 
 
-@click.command("walk")
+@click.command("walk", short_help="One virtual address through every level.")
 @target_options
 @click.argument("space_name", metavar="SPACE")
 @click.argument("address_text", metavar="VA")
@@ -89,7 +89,7 @@ def map_command(space_name: str, everything: bool, fold: bool | None, output_for
     return emit(report, output_format)
 
 
-@click.command("owner")
+@click.command("owner", short_help="Which spaces and addresses reach a table or a page.")
 @target_options
 @click.argument("address", metavar="ADDR")
 @format_option

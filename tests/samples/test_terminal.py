@@ -118,6 +118,14 @@ def test_completion_of_each_shell(shell: str) -> None:
     assert "summary" in ask("complete", COMP_WORDS="ptinspect summ", COMP_CWORD=word)
 
 
+def test_the_list_of_commands_fits_a_terminal() -> None:
+    status, seen = on_terminal("--help")
+    assert status == 0
+    listed = seen[seen.index("Commands:") :]
+    assert listed.count("\r\n") == len(cli.commands) + 1
+    assert "..." not in listed
+
+
 @pytest.mark.parametrize("name", cli.commands)
 def test_every_command_shows_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
