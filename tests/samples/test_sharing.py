@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 from corrupt import Answer, ask
-from drgn import Object
+from drgn import Object, offsetof
 from drgn.helpers.linux.mm import pfn_to_page, vma_find
 from opened import Sample
 from overlay import Overlay
@@ -143,3 +143,26 @@ def test_mapping_of_no_file(sample: Sample, shared: SharedTable) -> None:
         found = answer(sample)
     assert found.status == 0
     assert found.report.tables[0].rows[0][-1] is None  # type: ignore[index]
+
+
+def test_a_tree_of_areas_that_leads_to_itself(sample: Sample) -> None:
+    """The file cannot be told, and that is said; nobody goes round and round."""
+    if not story(sample).tables:
+        pytest.skip("nothing is shared")
+    (shared, *_) = story(sample).tables
+    space = walked(sample).tables.spaces[shared.sharers[0].space]
+    assert space.mm is not None
+    mm = space.mm.object(sample.prog)
+    tree = mm.mm_mt
+    node = tree.ma_root.value_() & ~0xFF
+    # maple_range_64, as mte_mk_root() marks it: its slots are nodes, the first one is itself.
+    root = node | 2 << 3 | 2
+    slots = node + offsetof(sample.prog.type("struct maple_node"), "mr64.slot")
+    overlay = Overlay(sample.prog)
+    with overlay.value_of(tree.ma_root, root), overlay.word_at(slots, root):
+        found = answer(sample)
+    assert found.status == 4
+    va = f"{shared.sharers[0].va:#x} of {space.name}"
+    assert found.line_with("INCOMPLETE", "no mapping of a file can be read at", va)
+    (same,) = (t for t in found.census.stories.sharing.tables if t.table == shared.table)
+    assert same.sharers == shared.sharers
