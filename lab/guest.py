@@ -213,11 +213,14 @@ class Guest:
             return ""
         return self.console_log.read_bytes().decode(errors="replace").replace("\r", "")
 
-    def wait_for(self, text: str, timeout: float = 120, *, panics: bool = False) -> str:
+    def wait_for(
+        self, text: str, timeout: float = 120, *, panics: bool = False, failed: str = ""
+    ) -> str:
         """
         Wait until the console has said this; a kernel panic ends the wait at once.
 
         :param panics: the kernel is meant to panic, and another one takes over
+        :param failed: what the guest says if it cannot go on, with the reason behind it
         :return: the console's text
         :raises GuestError: when the guest ended or the time is over, with the console's end
         """
@@ -231,6 +234,10 @@ class Guest:
             if late or ("Kernel panic" in said and not panics):
                 tail = "\n".join(said.splitlines()[-20:])
                 why = f"{text!r} did not come in {timeout:g} s" if late else "the kernel panicked"
+                raise GuestError(f"{why}; the console's end:\n{tail}")
+            if failed and failed in said:
+                why = said.partition(failed)[2].partition("\n")[0]
+                tail = "\n".join(said.splitlines()[-20:])
                 raise GuestError(f"{why}; the console's end:\n{tail}")
             time.sleep(0.1)
 

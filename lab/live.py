@@ -48,6 +48,7 @@ LEFT_OUT = (
 
 #: In load order. Some are built in, or gone, in some kernels.
 DISK_MODULES = (
+    *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
     *("virtio_blk", "crc16", "crc32c_generic", "crc32c-intel", "libcrc32c"),
     *("mbcache", "jbd2", "ext4"),
 )
@@ -213,7 +214,7 @@ def look_inside(
             )
 
         with booted(make, "@@live:", timeout=timeout) as guest:
-            said = guest.wait_for("@@live-done", timeout=timeout)
+            said = guest.wait_for("@@live-done", timeout=timeout, failed=_FAILED)
         _check_console(said)
         read_back(disk, "/results", folder)
         return _answers(folder / "results")
@@ -279,7 +280,7 @@ def _crash_once(
             )
 
         with booted(make, "@@live", timeout=timeout) as guest:
-            said = guest.wait_for("@@live-done", timeout=timeout, panics=True)
+            said = guest.wait_for("@@live-done", timeout=timeout, panics=True, failed=_FAILED)
         _check_console(said)
         read_back(disk, "/results", disk.parent)
         for path in (disk.parent / "results").iterdir():
@@ -335,12 +336,16 @@ def dump_crashed(
             )
 
         with booted(make, "@@live", timeout=timeout) as guest:
-            guest.wait_for("Kernel panic", timeout=timeout, panics=True)
+            guest.wait_for("Kernel panic", timeout=timeout, panics=True, failed=_FAILED)
             guest.stop()
             guest.dump(into / "vmcore")
         read_back(disk, "/results", disk.parent)
         truth: dict[str, Any] = json.loads((disk.parent / "results/truth.json").read_text())
         return truth
+
+
+#: What a guest says that cannot do its work.
+_FAILED = "@@live: failed: "
 
 
 def _check_console(said: str) -> None:
