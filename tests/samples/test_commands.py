@@ -71,7 +71,7 @@ def test_show_by_every_kind_of_address(sample: Sample) -> None:
     [
         (["show", "0xfffffffffffff123"], 2, "is no"),
         (["show", "pfn:0xffffffffff"], 2, "is no page frame number"),
-        (["show", "zork"], 2, "is not an address"),
+        (["show", "zork"], 2, "is neither an address nor a page"),
         (["show", "foo:1"], 2, "unknown kind of address 'foo'"),
         (["list", "--columns", "pfn,zork"], 2, "no column 'zork'"),
         (["list", "--where", "zork"], 2, "is not COLUMN OP VALUE"),
