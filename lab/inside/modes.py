@@ -103,8 +103,7 @@ def traced(answer: dict[str, Any], *options: str) -> Iterator[subprocess.Popen[s
     answer["options"], answer["attach_seconds"] = options, round(time.monotonic() - begun, 1)
     print(f"@@at {options}", flush=True)
     if not first:
-        answer["errors"] = trace.stderr.read()
-        raise SystemExit(json.dumps(answer))
+        raise RuntimeError(trace.stderr.read())
     yield trace
     if not any(option.startswith("--until") for option in options):
         time.sleep(3)
@@ -135,9 +134,9 @@ def filtered() -> Iterator[dict[str, Any]]:
     """Traces that follow one of two processes."""
     CGROUP.mkdir(exist_ok=True)
     for options in (
+        ["--pid", "{one}", "--until-exit", "{one}", "--events"],
         ["--comm", "w-one", "--events"],
         ["--cgroup", "lab", "--events"],
-        ["--pid", "{one}", "--until-exit", "{one}"],
     ):
         one, two = Worker("w-one", cgroup=True), Worker("w-two")
         answer: dict[str, Any] = {"one": one.process.pid, "two": two.process.pid}
@@ -205,11 +204,18 @@ def main() -> None:
     """Print all answers as lines of JSON."""
     said: dict[str, Any] = {"version": subprocess.run(["bpftrace", "--version"],
                             capture_output=True, text=True).stdout.strip()}  # fmt: skip
-    wanted = sys.argv[1:] or ["filtered", "costs", "view"]
-    if "filtered" in wanted:
-        said["filtered"] = list(filtered())
-    if "costs" in wanted:
-        said["costs"] = list(costs())
+    wanted = [word for word in sys.argv[1:] if not word.isdigit()] or ["filtered", "costs", "view"]
+    most = next((int(word) for word in sys.argv[1:] if word.isdigit()), 0)
+    for name, part in (("filtered", filtered), ("costs", costs)):
+        said[name] = []
+        try:
+            # One by one: what was found before something fails is kept.
+            for answer in part() if name in wanted else ():
+                said[name].append(answer)
+                if len(said[name]) == most:
+                    break
+        except (RuntimeError, OSError, ValueError) as error:
+            said["failure"] = str(error)
     if "view" in wanted:
         said["view"] = view()
     said["left"] = subprocess.run(["pidof", "bpftrace"], capture_output=True, text=True).stdout
