@@ -64,6 +64,9 @@ def _x86_phys_bits(context: Context) -> int | None:
 
 
 _ARM64_ATTRIBUTES = 3 | 1 << 10 | 1 << 59 | 1 << 60
+#: nG, which page-table isolation adds to what the kernel has mapped before it knew of it, entries
+#: for tables included (kpti_mk_tbl_ng in arch/arm64/mm/proc.S).
+_ARM64_NOT_GLOBAL = 1 << 11
 _RISCV_PFN = (1 << 54) - (1 << 10)
 
 
@@ -76,7 +79,7 @@ def _table_bits(context: Context, level: int, user: bool) -> tuple[int, int]:
     for field in fields:
         address |= field.mask
     if context.arch == "arm64":
-        return address | _ARM64_ATTRIBUTES, 3
+        return address | _ARM64_ATTRIBUTES | (0 if user else _ARM64_NOT_GLOBAL), 3
     return _RISCV_PFN | 1, 1
 
 
@@ -85,7 +88,8 @@ def _table_bits(context: Context, level: int, user: bool) -> tuple[int, int]:
     severity=Severity.CORRUPTION,
     applies="entries above the lowest level; x86_64, arm64, riscv64",
     source="pmd_bad(), pud_bad(), p4d_bad() (arch/x86/include/asm/pgtable.h); "
-    "arch/arm64/include/asm/pgtable-hwdef.h; arch/riscv/include/asm/pgtable-64.h",
+    "arch/arm64/include/asm/pgtable-hwdef.h, arch/arm64/mm/proc.S; "
+    "arch/riscv/include/asm/pgtable-64.h",
     false_positives="none known: entries are written at once",
     breaks="a bit flipped in memory, a stray write into an upper table",
 )
