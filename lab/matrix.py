@@ -193,7 +193,7 @@ def _run_row(row: Row, kinds: Sequence[str]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]
+    return str(error).splitlines()[0].removesuffix("; the console's end:")
 
 
 def _run_resting(row: Row, kernel: Kernel, kinds: Sequence[str]) -> Iterator[tuple[str, str]]:
