@@ -232,6 +232,8 @@ def command(
         view.say("ending ...")
         taken = None if target is None else take_census(target.prog)
         result = tracer.finish()
+        for late in tracer.late:
+            view.show(late, tracer)
         if target is not None and taken is not None and leaks is not None:
             prog = target.prog
             explained = explain_tables(

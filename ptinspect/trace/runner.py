@@ -25,7 +25,16 @@ from typing import Callable
 
 from ptinspect.errors import TargetError
 from ptinspect.trace.counter import page_table_pages
-from ptinspect.trace.reader import Dropped, Gate, Message, Reader, Reading, Waiting
+from ptinspect.trace.reader import (
+    Dropped,
+    EndEvent,
+    Gate,
+    Message,
+    Reader,
+    Reading,
+    TableEvent,
+    Waiting,
+)
 from ptinspect.trace.totals import CounterChange, TraceResult, read_totals
 
 #: Seconds. Attaching some thirty hooks takes a second or two on hardware, a minute under emulation.
@@ -82,6 +91,8 @@ class Tracer:
         self._opened: tuple[int | None, int | None] = (None, None)
         self._missed_before: int | None = None
         self._began = 0.0
+        #: Events that :meth:`messages` did not yield: they came while the gate turned, or later.
+        self.late: list[TableEvent | EndEvent] = []
         #: When the gate was opened: nanoseconds after boot.
         self.opened_ns = 0
 
@@ -203,7 +214,13 @@ class Tracer:
                 return
             if isinstance(message, Reading):
                 self._last = message
+            self._keep(message)
         raise self._failed(f"bpftrace did not {'open' if on else 'close'} the gate")
+
+    def _keep(self, message: Message | None) -> None:
+        """Keep an event that comes while the gate turns, or after it was closed."""
+        if isinstance(message, (TableEvent, EndEvent)):
+            self.late.append(message)
 
     def messages(self, until: Callable[[Reading | None], bool]) -> Iterator[Message]:
         """
@@ -281,6 +298,7 @@ class Tracer:
                 self._last = message
                 if message.last:
                     break
+            self._keep(message)
         self._end()
         if self._last is None:
             raise self._failed("bpftrace ended before it said anything")

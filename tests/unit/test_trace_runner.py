@@ -242,6 +242,13 @@ def test_command_writes_json_lines(fake: str) -> None:
     assert json.loads(out.splitlines()[1])["levels"]["PTE"] == {"made": 5, "gone": 4}
 
 
+def test_an_event_that_comes_late_is_told(fake: str) -> None:
+    options = ("--duration", "500ms", "--events", "--format", "jsonl")
+    out, _ = command(fake, *options, FAKE_BPFTRACE="late").communicate(timeout=60)
+    kinds = [json.loads(line)["kind"] for line in out.splitlines()]
+    assert kinds[-2:] == ["made", "summary"]
+
+
 def test_record_of_a_trace_that_has_ended(fake: str, tmp_path: Path) -> None:
     done = command(fake, "--duration", "500ms", "--leaks", "3s", "--format", "jsonl")
     out, _ = done.communicate(timeout=60)

@@ -4,7 +4,8 @@
 A program that behaves as bpftrace does with the generated script, without a kernel.
 
 ``FAKE_BPFTRACE`` says how: ``ok``, ``fails`` (cannot attach), ``silent`` (never ready), ``dies``
-(in the middle), ``stubborn`` (SIGTERM does not end it), ``full`` (a map is full).
+(in the middle), ``stubborn`` (SIGTERM does not end it), ``full`` (a map is full), ``late`` (an
+event comes at the end).
 """
 
 import json
@@ -55,6 +56,8 @@ def turn(number: int, frame: Optional[FrameType]) -> None:
 def finish(number: int, frame: Optional[FrameType]) -> None:
     if MODE == "stubborn":
         return
+    if MODE == "late":
+        write("printf", "made 5 40 1 80 42 sh\n")
     if on or begun:
         reading(end=True)
     os._exit(0)
