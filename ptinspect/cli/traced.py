@@ -15,7 +15,7 @@ import click
 from drgn import FaultError, Object, Program
 
 from ptinspect.census import Census
-from ptinspect.checks import Finding
+from ptinspect.checks import Finding, Severity
 from ptinspect.errors import UsageError
 from ptinspect.faces.report import Table
 from ptinspect.faces.trace import explained_table
@@ -28,6 +28,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Rows that are shown.
 _MOST = 1000
+
+#: What waits longer than this for its release is no longer a matter of course: RCU calls a grace
+#: period of 21 s a stall (CONFIG_RCU_CPU_STALL_TIMEOUT), and a batch may wait for two.
+_LONGEST_WAIT_NS = 60 * 1_000_000_000
 
 
 def trace_option(function: _F) -> _F:
@@ -83,8 +87,12 @@ class Traced:
         return explained_table([row], 1)
 
     def excuse(self, finding: Finding) -> str | None:
-        """Say why a finding about a descriptor is none, if the record knows."""
-        if finding.kind != "ptdesc":
+        """
+        Say why a leak is none, if the record knows.
+
+        Whatever else is wrong with a table is wrong also while it waits.
+        """
+        if finding.kind != "ptdesc" or finding.severity is not Severity.LEAK:
             return None
         row = explain_page(
             finding.address,
@@ -94,7 +102,8 @@ class Traced:
             self.recorded.young_ns,
             unknown=self.unknown,
         )
-        if row.explanation in (Explanation.WAITING, Explanation.JUST_MADE):
+        waits = row.explanation is Explanation.WAITING and (row.age_ns or 0) <= _LONGEST_WAIT_NS
+        if waits or row.explanation is Explanation.JUST_MADE:
             return f"the trace says: {row.explanation.value}"
         return None
 

@@ -55,8 +55,8 @@ def record(path: Path, release: str, tables: dict[str, Any], **begin: Any) -> Pa
     return path
 
 
-def waiting(page: int) -> dict[str, Any]:
-    row = {"page": hex(page), "level": "PTE", "way": "gather+RCU", "age_ns": 9 * SECOND}
+def waiting(page: int, age: int = 9) -> dict[str, Any]:
+    row = {"page": hex(page), "level": "PTE", "way": "gather+RCU", "age_ns": age * SECOND}
     return {"pending": [{**row, "pid": 42, "comm": "odd\x1b[2J"}]}
 
 
@@ -128,8 +128,8 @@ def test_of_another_kernel_or_boot(tmp_path: Path, orphan: tuple[int, str, str])
         answer("list", "--trace", str(path))
 
 
-def finding(address: int, kind: str = "ptdesc") -> Finding:
-    return Finding(kind, address, "nothing holds this table", ())
+def finding(address: int, kind: str = "ptdesc", severity: Severity = Severity.LEAK) -> Finding:
+    return Finding(kind, address, "nothing holds this table", (), severity=severity)
 
 
 def test_check_sets_aside_what_the_trace_explains(
@@ -143,6 +143,7 @@ def test_check_sets_aside_what_the_trace_explains(
     results = CheckResults((with_findings(real, suspects),), (), (0.0,))
     for tables, left in (
         (waiting(page), 2),
+        (waiting(page, 61), 3),
         (living(page, 0, None), 2),
         (living(page, 9, 5), 3),
         ({}, 3),
@@ -153,8 +154,10 @@ def test_check_sets_aside_what_the_trace_explains(
         assert judged.verdict is Verdict.FINDINGS
         aside = [why for why, _ in judged.set_aside if why.startswith("the trace says: ")]
         assert len(aside) == 3 - left
-    alone = CheckResults((with_findings(real, (finding(page),)),), (), (0.0,))
+    worse = finding(page, severity=Severity.CORRUPTION)
     recorded = read_record(record(tmp_path / "record", release, waiting(page)))
+    assert Traced(recorded, now=False).excuse(worse) is None
+    alone = CheckResults((with_findings(real, (finding(page),)),), (), (0.0,))
     (judged,) = excused(alone, Traced(recorded, now=False).excuse).results
     assert judged.verdict is not Verdict.FINDINGS
 
