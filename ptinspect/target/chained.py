@@ -16,7 +16,7 @@ from typing import Callable
 
 from drgn import FaultError, Platform, Program
 
-from ptinspect.target import riscv64
+from ptinspect.target import ppc64, riscv64
 from ptinspect.target.elf import Segment
 
 #: drgn's memory reading callback: address, count, offset in the segment, physical -> bytes.
@@ -42,6 +42,7 @@ def over_program(base: Program, platform: Platform, note: bytes, live: bool) -> 
     prog.add_memory_segment(0, _WHOLE_ADDRESS_SPACE, read, physical=True)
     prog.set_linux_kernel_custom(note, live)
     riscv64.add_virtual_memory(prog)
+    ppc64.add_linear_map(prog)
     return prog
 
 

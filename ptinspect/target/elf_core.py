@@ -11,7 +11,7 @@ from drgn import Architecture, FaultError, Program
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import chained, elf, recovery, riscv64, vmcoreinfo, xen
+from ptinspect.target import chained, elf, ppc64, recovery, riscv64, vmcoreinfo, xen
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.elf import ElfError, ElfFile
 from ptinspect.target.options import INCOMPLETE, Target, TargetKind
@@ -58,6 +58,7 @@ def open_elf(path: Path, fd: int, wanted: TargetArchitecture | None, note: bytes
     if kinds.vmcoreinfo and not (without_addresses and found.drgn == Architecture.S390X):
         prog = _elf_program(path, note)
         riscv64.add_virtual_memory(prog)
+        ppc64.add_linear_map(prog)
         if without_addresses:
             _hide_low_addresses(prog)
     elif note is not None or kinds.vmcoreinfo:

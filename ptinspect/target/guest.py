@@ -14,7 +14,7 @@ from drgn import Program, ProgramFlags
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import recovery, riscv64
+from ptinspect.target import ppc64, recovery, riscv64
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.options import Target, TargetKind
 from ptinspect.target.qmp import QmpConnection
@@ -83,6 +83,7 @@ def _attach(
         notes += (how,)
     else:
         riscv64.add_virtual_memory(prog)
+        ppc64.add_linear_map(prog)
     return Target(prog, TargetKind.QEMU, name, racing=True, notes=notes)
 
 

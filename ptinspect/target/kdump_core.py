@@ -13,7 +13,7 @@ from drgn import Architecture, Platform, Program
 
 from ptinspect.errors import TargetError
 from ptinspect.target import architecture as architectures
-from ptinspect.target import drgn_log, kdump, recovery, vmcoreinfo
+from ptinspect.target import drgn_log, kdump, ppc64, recovery, vmcoreinfo
 from ptinspect.target.architecture import TargetArchitecture
 from ptinspect.target.kdump import Kdump, KdumpError
 from ptinspect.target.options import INCOMPLETE, Target, TargetKind
@@ -94,6 +94,7 @@ def _kernel(path: Path, dump: Kdump, architecture: TargetArchitecture, text: byt
             # Whatever is really wrong with the file comes out below.
             pass
         else:
+            ppc64.add_linear_map(prog)
             return prog
     return recovery.with_note(str(path), _physical(path, dump), architecture, text, live=False)
 
