@@ -146,7 +146,9 @@ def walk_both_ways(prog: Program, head: int) -> BothWays:
         breaks.append(backward.broken)
         # Of the two links between neighbours one is wrong, and the other tells that they are.
         met = backward.broken.next == forward.broken.node
-        lost = not (met or backward.broken.node == forward.broken.next)
+        met |= backward.broken.node == forward.broken.next
+        # A head that is missing from the target tells nothing.
+        lost = not met or forward.broken.node == forward.broken.next
     return BothWays((*forward.nodes, *rest), len(forward.nodes), tuple(breaks), lost)
 
 

@@ -100,6 +100,7 @@ def test_head_that_cannot_be_read() -> None:
     walk = walk_list_at(lists.prog, HEAD)
     assert walk.broken is not None
     assert walk.broken.reason is BreakReason.UNREADABLE
+    assert walk_both_ways(lists.prog, HEAD).lost
 
 
 def test_nodes_may_straddle_pages() -> None:
