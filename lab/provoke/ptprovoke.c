@@ -59,12 +59,13 @@ static int __init leak(void)
 
 static void __init stall(void)
 {
-	unsigned int left;
-
 	pr_info("ptprovoke: holds RCU up\n");
 	rcu_read_lock();
-	for (left = ms; left && !signal_pending(current); left--)
-		mdelay(1);
+	/*
+	 * RCU of preemptible kernels waits for a reader that sleeps too, and warns of it once. One that
+	 * kept its CPU busy would also hold up collapse, which drains the caches of every CPU.
+	 */
+	msleep_interruptible(ms);
 	rcu_read_unlock();
 }
 

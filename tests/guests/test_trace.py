@@ -47,6 +47,10 @@ class Said:
             pytest.skip(f"this machine gives no huge pages (madvise: {found['failed']})")
         return found
 
+    def about(self, tables: int) -> Any:
+        """So many tables, up to the calls that the trace says it has missed."""
+        return pytest.approx(tables, abs=self.footer["missed_calls"] or 0)
+
     def row(self, load: str) -> dict[str, int]:
         """The trace's row of a load's process, from when it took its name."""
         pid, name = self.load(load)["pid"], f"w-{load}"
@@ -126,12 +130,14 @@ def test_agrees_with_vmpte(said: Said) -> None:
 def test_faults_and_unmapping(said: Said) -> None:
     load = said.load("fault")
     rows = said.row("fault")
-    kib = 2 if said.arch == "s390x" else 4
-    assert load["tables_kib"] == 64 * kib + (16 if said.arch == "s390x" else 0)
+    pte, upper = (2, 16) if said.arch == "s390x" else (4, 4)
+    # Where it lies decides whether it needs an upper table too.
+    assert load["tables_kib"] == 64 * pte + upper * (rows["made PMD"] + rows["made PUD"])
     assert load["after_kib"] == 0
-    assert rows["made PTE"] == 64
-    assert rows[said.gathered] >= 64
-    assert said.stacks("unlinked", "munmap") >= 64
+    assert rows["made PTE"] == said.about(64)
+    missed = said.footer["missed_calls"] or 0
+    assert rows[said.gathered] >= 64 - missed
+    assert said.stacks("unlinked", "munmap") >= 64 - missed
 
 
 def test_forks_execs_and_exits(said: Said) -> None:
@@ -152,8 +158,8 @@ def test_anonymous_huge_pages(said: Said) -> None:
     load = said.load("huge_pages")
     assert (load["huge_kib"], load["after_split_kib"]) == (32 * 2048, 24 * 2048)
     # A spare table for each; a split takes it and makes none.
-    assert load["made_kib"] == load["made_with_split_kib"] == 32 * 4
     rows = said.row("huge_pages")
+    assert load["made_kib"] == load["made_with_split_kib"] == 4 * (32 + rows["made PMD"])
     assert rows["made PTE"] == 32
     assert said.stacks("made", "THP fault") >= 32
     # The 24 that were never split go at once, the 8 that were are tables like all others.
@@ -171,8 +177,9 @@ def test_collapse_of_shared_memory(said: Said) -> None:
     before, after = load["pte_kib"]
     assert [a - b for a, b in zip(before, after)] == [8 * 4, 8 * 4]
     way = "immediate" if said.series == "6.1" else "deferred"
-    assert said.row("collapse_file")[way] >= 16
-    assert said.stacks("unlinked", "THP collapse") >= 16
+    missed = said.footer["missed_calls"] or 0
+    assert said.row("collapse_file")[way] >= 16 - missed
+    assert said.stacks("unlinked", "THP collapse") >= 16 - missed
 
 
 def test_hugetlb_sharing(said: Said) -> None:
@@ -218,7 +225,7 @@ def test_tables_wait_while_rcu_is_held_up(said: Said) -> None:
     if said.series == "6.1":
         return  # nothing that was freed here goes through RCU
     # 16 tables of the load by huge-page code, and with gather+RCU the 64 of the other.
-    assert said.waited("deferred") == 16
+    assert said.waited("deferred") == said.about(16)
     if said.gathered == "gather+RCU":
         assert said.waited("gather+RCU") >= 64
     assert said.footer["waiting"] == len(said.summary.get("pending", []))
