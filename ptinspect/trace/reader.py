@@ -151,43 +151,27 @@ class Reader:
                 return Reading(self._nsecs, maps, last=head == "end")
             if head == "made":
                 _, nsecs, page, level, mm, pid, comm = _split(text, 6)
-                return TableEvent(
-                    head,
-                    int(nsecs),
-                    int(page, 16),
-                    level_name(int(level)),
-                    int(pid),
-                    comm,
-                    mm=int(mm, 16) or None,
-                )
+                return _event(head, nsecs, page, level, pid, comm, mm=int(mm, 16) or None)
             if head == "unlinked":
                 _, nsecs, page, level, way, pid, comm = _split(text, 6)
-                return TableEvent(
-                    head,
-                    int(nsecs),
-                    int(page, 16),
-                    level_name(int(level)),
-                    int(pid),
-                    comm,
-                    way=way_name(int(way)),
-                )
+                return _event(head, nsecs, page, level, pid, comm, way=way_name(int(way)))
             if head == "ended":
                 return EndEvent(int(words[1]), int(words[2], 16))
             if head == "freed":
                 _, nsecs, page, level, way, waited, pid, comm = _split(text, 7)
-                return TableEvent(
-                    head,
-                    int(nsecs),
-                    int(page, 16),
-                    level_name(int(level)),
-                    int(pid),
-                    comm,
-                    way=way_name(int(way)),
-                    waited_ns=int(waited),
-                )
+                way, waited_ns = way_name(int(way)), int(waited)
+                return _event(head, nsecs, page, level, pid, comm, way=way, waited_ns=waited_ns)
         except (ValueError, IndexError):
             pass
         return Dropped(1, f"the script wrote what was not expected: {text[:200].strip()}")
+
+
+def _event(
+    kind: str, nsecs: str, page: str, level: str, pid: str, comm: str, **more: Any
+) -> TableEvent:
+    """What all three kinds say in the same words."""
+    name = level_name(int(level))
+    return TableEvent(kind, int(nsecs), int(page, 16), name, int(pid), comm, **more)
 
 
 def _split(text: str, words: int) -> list[str]:
