@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
@@ -23,6 +24,7 @@ from ptinspect.kernel.descriptor import page_is_pgtable
 from ptinspect.target import Target, TargetKind
 from ptinspect.trace.explain import ExplainedTable, Explanation, explain_page, explain_tables
 from ptinspect.trace.recorded import Recorded, read_record
+from ptinspect.trace.totals import LiveTable, PendingTable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -70,21 +72,26 @@ class Traced:
             unknown=self.unknown,
         )
 
+    @cached_property
+    def _by_page(self) -> tuple[dict[int, LiveTable], dict[int, PendingTable]]:
+        """The record's tables that live and that wait."""
+        return (
+            {table.page: table for table in self.recorded.live},
+            {table.page: table for table in self.recorded.pending},
+        )
+
+    def _explain_page(self, page: int, census: Census | None) -> ExplainedTable:
+        live, pending = self._by_page
+        young = self.recorded.young_ns
+        return explain_page(page, census, live, pending, young, unknown=self.unknown)
+
     def orphans_table(self, prog: Program, census: Census) -> Table:
         """Lay that out."""
         return explained_table(self.explain(prog, census), _MOST)
 
     def page_table(self, prog: Program, page: int, census: Census | None) -> Table:
         """Lay out what the record says of one page."""
-        row = explain_page(
-            page,
-            census,
-            self.recorded.live,
-            self.recorded.pending,
-            self.recorded.young_ns,
-            unknown=self.unknown,
-        )
-        return explained_table([row], 1)
+        return explained_table([self._explain_page(page, census)], 1)
 
     def excuse(self, finding: Finding) -> str | None:
         """
@@ -94,14 +101,7 @@ class Traced:
         """
         if finding.kind != "ptdesc" or finding.severity is not Severity.LEAK:
             return None
-        row = explain_page(
-            finding.address,
-            None,
-            self.recorded.live,
-            self.recorded.pending,
-            self.recorded.young_ns,
-            unknown=self.unknown,
-        )
+        row = self._explain_page(finding.address, None)
         waits = row.explanation is Explanation.WAITING and (row.age_ns or 0) <= _LONGEST_WAIT_NS
         if waits or row.explanation is Explanation.JUST_MADE:
             return f"the trace says: {row.explanation.value}"

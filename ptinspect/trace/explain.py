@@ -10,7 +10,7 @@ the trace, or was released between the two; whether it is a table still tells th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -112,8 +112,8 @@ def _explained(
 def explain_page(
     page: int,
     census: Census | None,
-    live: Sequence[LiveTable],
-    pending: Sequence[PendingTable],
+    live: Mapping[int, LiveTable],
+    pending: Mapping[int, PendingTable],
     age_ns: int,
     *,
     unknown: Explanation = Explanation.OLDER,
@@ -123,11 +123,13 @@ def explain_page(
 
     :param page: address of its struct page
     :param census: where it hangs, if that was looked at
+    :param live: what the trace says are tables, by page
+    :param pending: what it says waits for its release, by page
     """
-    waits = next((table for table in pending if table.page == page), None)
+    waits = pending.get(page)
     if waits is not None:
         return _row(page, Explanation.WAITING, waits, None)
-    table = next((table for table in live if table.page == page), None)
+    table = live.get(page)
     holder, space, va = (None, None, None) if census is None else _place(census, page)
     if holder is not None and holder is not Holder.UNEXPLAINED:
         return _row(page, Explanation.HELD, table, holder, space, va)
