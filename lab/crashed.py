@@ -178,7 +178,6 @@ def _empty_loaded_sections(path: Path) -> None:
 def _readme(name: str, kernel: Kernel, shrunk: Shrunk, compared: dict[str, Any]) -> str:
     """Write the sample's README."""
     sample = CRASHED[name]
-    left_out = [f"| {why} | {count} |" for why, count in shrunk.left_out.items()]
     return "\n".join(
         [
             f"# {name}",
@@ -202,14 +201,7 @@ def _readme(name: str, kernel: Kernel, shrunk: Shrunk, compared: dict[str, Any])
             f"- the same answers from {', '.join(_QUESTIONS)} with all of the debug information",
             f"- {sample.memory} MiB, two CPUs, `crashkernel=320M`",
             "",
-            "## Left out when shrinking",
-            "",
-            "Holes in the dump, in pages; a page of zeroes is never a hole.",
-            "",
-            "| left out | pages |",
-            "|---|---|",
-            *left_out,
-            f"| kept | {shrunk.kept} (of them {shrunk.zero} all zero) |",
+            *shrunk.section(),
             "",
         ]
     )

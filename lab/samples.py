@@ -278,7 +278,6 @@ def _readme(
     }
     states = [f"- `{names.get(made['pid'], '?')!r}`: {made['text']}" for made in truth["made"]]
     skipped = [f"- {note['text']}" for note in truth["skipped"]]
-    left_out = [f"| {why} | {count} |" for why, count in shrunk.left_out.items()]
     edits = [f"- `{edit.path}`: `{edit.old}` became `{edit.new}`" for edit in recipe.edits]
     return "\n".join(
         [
@@ -313,14 +312,7 @@ def _readme(
             "",
             *(skipped or ["- nothing was skipped"]),
             "",
-            "## Left out when shrinking",
-            "",
-            "Holes in the dump, in pages; a page of zeroes is never a hole.",
-            "",
-            "| left out | pages |",
-            "|---|---|",
-            *left_out,
-            f"| kept | {shrunk.kept} (of them {shrunk.zero} all zero) |",
+            *shrunk.section(),
             "",
             "## Kernel configuration",
             "",

@@ -46,6 +46,19 @@ class Shrunk(NamedTuple):
     zero: int  #: of those kept
     left_out: dict[str, int]
 
+    def section(self) -> list[str]:
+        """Write it down for a sample's README, as lines."""
+        return [
+            "## Left out when shrinking",
+            "",
+            "Holes in the dump, in pages; a page of zeroes is never a hole.",
+            "",
+            "| left out | pages |",
+            "|---|---|",
+            *(f"| {why} | {count} |" for why, count in self.left_out.items()),
+            f"| kept | {self.kept} (of them {self.zero} all zero) |",
+        ]
+
 
 def _buddy(program: drgn.Program, pages: Pages, kinds: np.ndarray[Any, Any]) -> Any:
     """Mark the pages of free blocks: each block's first page has the type and the order."""
