@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from corrupt import Answer, ask
@@ -160,17 +163,26 @@ def test_a_half_that_nothing_links(sample: Sample) -> None:
     assert census.holder[index] == Holder.UNEXPLAINED
 
 
-def test_a_page_whose_halves_only_wait(sample: Sample) -> None:
-    """No tree has it, and no list: it is held until its halves are free."""
-    story = halves_of(sample)
-    pfn = page_with(story, 0x03)
+@contextmanager
+def unlinked(overlay: Overlay, story: Halves, pfn: int) -> Iterator[None]:
+    """Empty the entries that point to the two halves of a page."""
     tables = story.tables
     rows = np.flatnonzero((tables.level == 0) & (tables.address // 4096 == pfn)).tolist()
-    overlay = Overlay(sample.prog)
     first, second = (int(tables.entry_address[row]) for row in rows)
     with (
         overlay.word_at(first, 0x20, physical=True),
         overlay.word_at(second, 0x20, physical=True),
+    ):
+        yield
+
+
+def test_a_page_whose_halves_only_wait(sample: Sample) -> None:
+    """No tree has it, and no list: it is held until its halves are free."""
+    story = halves_of(sample)
+    pfn = page_with(story, 0x03)
+    overlay = Overlay(sample.prog)
+    with (
+        unlinked(overlay, story, pfn),
         overlay.value_of(refcount_of(sample, pfn), 0x30000001),
     ):
         found = answer(sample)
@@ -183,13 +195,9 @@ def test_a_whole_page_in_a_batch(sample: Sample) -> None:
     """With PGSTEs a page keeps the bits of both halves until its batch is freed."""
     story = halves_of(sample)
     pfn = page_with(story, 0x03)
-    tables = story.tables
-    rows = np.flatnonzero((tables.level == 0) & (tables.address // 4096 == pfn)).tolist()
     overlay = Overlay(sample.prog)
-    first, second = (int(tables.entry_address[row]) for row in rows)
     with (
-        overlay.word_at(first, 0x20, physical=True),
-        overlay.word_at(second, 0x20, physical=True),
+        unlinked(overlay, story, pfn),
     ):
         tables = take_census(sample.prog, leaf_counts=False).tables
         lost = read_halves(sample.prog, tables, sample.scan)
